@@ -1,0 +1,94 @@
+"""Diffusion models as checkpoints hold them: the U-Net under `model.diffusion_model` and the noise schedule's buffers.
+
+Inference shells only. Training is in ldm/train.py, sampling in ldm/newton_sampler.py.
+"""
+
+import torch
+from torch import nn
+
+from ldm.schedules import DiffusionSchedule, make_beta_schedule
+from ldm.util import instantiate_from_config
+
+# What published configs carry for upstream's own training and logging, without meaning for the network.
+TRAINING_KEYS = {
+    "base_learning_rate", "ckpt_path", "clip_denoised", "cond_stage_trainable", "concat_mode", "conditioning_key",
+    "cond_stage_forward", "cond_stage_key", "elbo_weight", "finetune_keys", "first_stage_key", "force_null_conditioning",
+    "given_betas", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet", "log_every_t", "logvar_init",
+    "loss_type", "make_it_fit", "monitor", "num_timesteps_cond", "original_elbo_weight", "reset_ema",
+    "reset_num_ema_updates", "scale_by_std", "scheduler_config", "ucg_training", "unet_trainable", "use_ema",
+    "use_positional_encodings", "v_posterior",
+}  # fmt: skip
+
+
+class DiffusionWrapper(nn.Module):
+    """Holds the network under the published name `diffusion_model`."""
+
+    def __init__(self, unet_config):
+        super().__init__()
+        self.diffusion_model = instantiate_from_config(unet_config)
+
+
+class DDPM(nn.Module):
+    """A denoising diffusion model on pixels (Ho et al. 2020).
+
+    parameterization: what the network predicts, "eps", "v" or "x0".
+    `schedule` (DiffusionSchedule, float64) is what all computations use; the buffers exist because checkpoints hold them.
+    """
+
+    def __init__(
+        self,
+        unet_config,
+        timesteps=1000,
+        beta_schedule="linear",
+        linear_start=1e-4,
+        linear_end=2e-2,
+        cosine_s=8e-3,
+        image_size=256,
+        channels=3,
+        parameterization="eps",
+        **training_keys,
+    ):
+        super().__init__()
+        if unknown := sorted(set(training_keys) - TRAINING_KEYS):
+            raise ValueError(f"unknown model parameters in the config: {', '.join(unknown)}")
+        if training_keys.get("given_betas") is not None:
+            raise ValueError("given_betas is not supported: give beta_schedule, linear_start and linear_end")
+        if parameterization not in ("eps", "v", "x0"):
+            raise ValueError(f'parameterization = {parameterization!r}: known are "eps", "v" and "x0"')
+        self.image_size = image_size
+        self.channels = channels
+        self.parameterization = parameterization
+        self.model = DiffusionWrapper(unet_config)
+        betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.schedule = DiffusionSchedule(betas)
+        for name, values in published_buffers(betas).items():
+            self.register_buffer(name, values.float())
+
+    @property
+    def network(self):
+        """The U-Net: (x_t [B, C, H, W], t [B], ...) -> prediction of x_t's shape."""
+        return self.model.diffusion_model
+
+    def forward(self, x_t, t, *args, **kwargs):
+        return self.network(x_t, t, *args, **kwargs)
+
+
+def published_buffers(betas):
+    """The schedule's buffers by their names in published checkpoints, each [T] in float64 (Ho et al. 2020, eqs. 4 and 7)."""
+    abar = torch.cumprod(1 - betas, dim=0)
+    previous = torch.cat([abar.new_ones(1), abar[:-1]])
+    variance = betas * (1 - previous) / (1 - abar)
+    return {
+        "betas": betas,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": abar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - abar).log(),
+        "sqrt_recip_alphas_cumprod": abar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp_min(1e-20).log(),
+        "posterior_mean_coef1": betas * previous.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - abar),
+    }

@@ -1,0 +1,124 @@
+"""Noise schedules x_t = alpha_t x_0 + sigma_t eps, and the step from one noise level to the next.
+
+A schedule is the single owner of the triple (t, alpha, sigma): whoever needs one of them asks for a `Level`. All numbers are
+computed in float64 and handed out as Python floats, so that neither the weights' dtype nor a device synchronisation touches
+them.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Level(NamedTuple):
+    """One noise level. `t` is the time as the network takes it; None at the clean end (alpha 1, sigma 0)."""
+
+    t: float | None
+    alpha: float
+    sigma: float
+
+
+CLEAN = Level(None, 1.0, 0.0)
+
+
+def make_beta_schedule(schedule, n_timestep, linear_start=1e-4, linear_end=2e-2, cosine_s=8e-3):
+    """The variances beta_t by the names of published LDM configs, as a float64 tensor [n_timestep].
+
+    "linear" is linear in sqrt(beta) (Stable Diffusion's "scaled linear"), "sqrt_linear" is linear in beta (Ho et al. 2020),
+    "cosine" is Nichol & Dhariwal 2021.
+    """
+    if schedule == "linear":
+        return torch.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=torch.float64) ** 2
+    if schedule == "sqrt_linear":
+        return torch.linspace(linear_start, linear_end, n_timestep, dtype=torch.float64)
+    if schedule == "cosine":
+        u = torch.arange(n_timestep + 1, dtype=torch.float64) / n_timestep
+        abar = torch.cos((u + cosine_s) / (1 + cosine_s) * torch.pi / 2) ** 2
+        return (1 - abar[1:] / abar[:-1]).clamp(0, 0.999)
+    raise ValueError(f'beta_schedule = {schedule!r}: known are "linear", "sqrt_linear" and "cosine"')
+
+
+class Schedule:
+    """What diffusion and flow schedules share: the step between two levels."""
+
+    def step(self, x_t, x0, now, to, eta=0.0, noise=None):
+        """From level `now` to level `to`: x_s = alpha_s x0 + sqrt(sigma_s^2 - n^2) eps_hat + n noise.
+
+        eps_hat = (x_t - alpha_t x0) / sigma_t, and n = eta (sigma_s / sigma_t) sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2):
+        eta = 0 is DDIM (Song et al. 2021, eq. 12) and, for a rectified flow, the Euler step; eta = 1 is ancestral (DDPM)
+        sampling. At the clean end the result is x0 itself: no noise is left over.
+
+        x_t, x0 [B, ...]; noise: a function without arguments that draws a tensor of that shape, called only if n > 0.
+        """
+        if to.sigma == 0:
+            return x0
+        eps_hat = (x_t - now.alpha * x0) / now.sigma
+        n = eta * to.sigma / now.sigma * max(now.sigma**2 - (now.alpha / to.alpha * to.sigma) ** 2, 0.0) ** 0.5
+        x_s = to.alpha * x0 + (to.sigma**2 - n**2) ** 0.5 * eps_hat
+        return x_s + n * noise() if n > 0 else x_s
+
+
+class DiffusionSchedule(Schedule):
+    """Variance-preserving diffusion (DDPM, Stable Diffusion): alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t = 0 .. T-1.
+
+    betas: [T], the variances the network was trained with.
+    """
+
+    def __init__(self, betas):
+        self.alphas_cumprod = torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), dim=0)  # [T]
+
+    def __len__(self):
+        return len(self.alphas_cumprod)
+
+    def level(self, t):
+        """The level at the integer time t in 0 .. T-1. Raises ValueError elsewhere."""
+        if int(t) != t or not 0 <= t < len(self):
+            raise ValueError(f"t = {t}: this schedule has the integer times 0 .. {len(self) - 1}")
+        abar = self.alphas_cumprod[int(t)].item()
+        return Level(int(t), abar**0.5, (1 - abar) ** 0.5)
+
+    def levels(self, steps, spacing="trailing"):
+        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`.
+
+        spacing: "trailing" T-1, T-1-T/steps, ... (starts at pure noise, Lin et al. 2023) or
+                 "leading" ..., 1 + T/steps, 1 (Stable Diffusion's DDIM sampler).
+        """
+        if int(steps) != steps or not 1 <= steps <= len(self):
+            raise ValueError(f"steps = {steps}: give an integer from 1 to {len(self)}, the number of training steps")
+        if spacing == "trailing":
+            times = [round(len(self) - i * len(self) / steps) - 1 for i in range(steps)]
+        elif spacing == "leading":
+            times = [min(i * (len(self) // steps) + 1, len(self) - 1) for i in reversed(range(steps))]
+        else:
+            raise ValueError(f'spacing = {spacing!r}: known are "trailing" and "leading"')
+        return [self.level(t) for t in times] + [CLEAN]
+
+    def add_noise(self, x0, t, noise):
+        """x_t = alpha_t x_0 + sigma_t noise for training: integer times t [B], each sample its own. Returns (x_t, alpha, sigma),
+        alpha and sigma of shape [B, 1, 1, ...] in x0's dtype."""
+        abar = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (x0.ndim - 1))
+        alpha, sigma = abar.sqrt().to(x0.dtype), (1 - abar).sqrt().to(x0.dtype)
+        return alpha * x0 + sigma * noise, alpha, sigma
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow: alpha = 1 - t, sigma = t for t in (0, 1].
+
+    shift: s of Esser et al. 2024, t <- s t / (1 + (s - 1) t): more steps at high noise for large pictures.
+    """
+
+    def __init__(self, shift=1.0):
+        self.shift = shift
+
+    def level(self, t):
+        """The level at the time t in (0, 1]. Raises ValueError elsewhere."""
+        if not 0 < t <= 1:
+            raise ValueError(f"t = {t}: a rectified flow has the times 0 < t <= 1")
+        return Level(float(t), 1 - float(t), float(t))
+
+    def levels(self, steps):
+        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
+        if int(steps) != steps or steps < 1:
+            raise ValueError(f"steps = {steps}: give a positive integer")
+        times = (1 - i / steps for i in range(steps))
+        return [self.level(self.shift * t / (1 + (self.shift - 1) * t)) for t in times] + [CLEAN]

@@ -1,0 +1,143 @@
+"""Train a model of this repository from its config, on Lightning:
+
+    python -m ldm.train --config configs/mnist/unet.yaml [key=value ...]
+
+A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (one of the tasks below) and
+`trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). Any of their values can be set on the command
+line, for example trainer.max_time=00:01:00:00. Everything is written to runs/<name>/: checkpoints, metrics.csv, sample sheets, and at
+the end weights.safetensors, the averaged weights in float16. The same command after a kill resumes from the last checkpoint.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from ldm.checkpoints import save_weights
+from ldm.denoisers import PREDICTIONS, Denoiser
+from ldm.images import grid, save_image
+from ldm.newton_sampler import sample
+from ldm.util import instantiate_from_config
+
+
+class Training(pl.LightningModule):
+    """What all tasks share: AdamW, linear warm-up, then a cosine to zero at the last step."""
+
+    def __init__(self, model, lr=1e-3, weight_decay=0.0, warmup=200, seed=0):
+        super().__init__()
+        self.model = model
+        self.lr, self.weight_decay, self.warmup, self.seed = lr, weight_decay, warmup, seed
+
+    def configure_optimizers(self):
+        total = self.trainer.estimated_stepping_batches
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+
+        def factor(step):
+            return min((step + 1) / self.warmup, 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def generator(self, step):
+        """Random numbers that depend on the step alone, so that a resumed run draws what an uninterrupted one would have."""
+        return torch.Generator().manual_seed((self.seed + self.global_rank) * 10_000_019 + step)
+
+
+class DiffusionTraining(Training):
+    """Ho et al. 2020, eq. 14: the network's prediction at a random time, mean squared error."""
+
+    def loss(self, x0, generator):
+        ddpm = self.model
+        t = torch.randint(len(ddpm.schedule), x0.shape[:1], generator=generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        x_t, alpha, sigma = ddpm.schedule.add_noise(x0, t, noise)
+        target = PREDICTIONS[ddpm.parameterization][1](x0, noise, alpha, sigma)
+        return F.mse_loss(ddpm(x_t, t), target)
+
+    def training_step(self, batch, _):
+        loss = self.loss(batch[0], self.generator(self.global_step))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, i):
+        self.log("val_loss", self.loss(batch[0], self.generator(-1 - i)), prog_bar=True, sync_dist=True)
+        if i == 0 and self.trainer.is_global_zero:
+            ddpm = self.model
+            D = Denoiser(ddpm.network, ddpm.schedule, ddpm.parameterization)
+            shape = (64, ddpm.channels, ddpm.image_size, ddpm.image_size)
+            x0 = sample(D, None, shape, range(64), steps=20, device=self.device).x0
+            save_image(grid(x0, 8), Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
+
+
+class ClassifierTraining(Training):
+    """Cross-entropy on digits shifted by up to two pixels."""
+
+    def training_step(self, batch, _):
+        x, y = batch
+        dy, dx = torch.randint(-2, 3, (2,), generator=self.generator(self.global_step)).tolist()
+        loss = F.cross_entropy(self.model(x.roll((dy, dx), dims=(2, 3))), y)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, _):
+        x, y = batch
+        self.log("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a yaml file under configs/")
+    parser.add_argument("--name", help="name of the run; default: the config's path")
+    parser.add_argument("--fresh", action="store_true", help="start anew even if the run has a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the config's")
+    args = parser.parse_args(argv)
+    if not args.config.is_file():
+        parser.error(f"--config {args.config}: no such file")
+    config = OmegaConf.merge(OmegaConf.load(args.config), OmegaConf.from_dotlist(args.overrides))
+    run = Path("runs") / (args.name or "_".join(args.config.with_suffix("").parts[-2:]))
+    train(OmegaConf.to_container(config, resolve=True), run, resume=not args.fresh)
+
+
+def train(config, run, resume=True):
+    """Train what `config` (a dict) describes; everything is written below the folder `run`. Returns the path of the weights."""
+    run = Path(run)
+    pl.seed_everything(config["training"].get("params", {}).get("seed", 0))
+    data, batch_size = config["data"], config.get("batch_size", 128)
+    workers = {"num_workers": config.get("num_workers", 0), "drop_last": True}
+    loader = DataLoader(instantiate_from_config(data, train=True), batch_size, shuffle=True, **workers)
+    val = DataLoader(instantiate_from_config(data, train=False), batch_size, **workers)
+    model = instantiate_from_config(config["model"]).to(memory_format=torch.channels_last)
+    task = instantiate_from_config(config["training"], model=model)
+
+    last = run / "last.ckpt"
+    if resume and last.exists():
+        print(f"resuming from {last} (--fresh starts anew)")
+    callbacks = [
+        ModelCheckpoint(run, filename="{step}", every_n_train_steps=config.get("checkpoint_every", 250), save_last=True,
+                        enable_version_counter=False, save_on_exception=True),
+        EMAWeightAveraging(decay=config.get("ema", 0.999)),
+        LearningRateMonitor("step"),
+        TQDMProgressBar(refresh_rate=10),
+    ]  # fmt: skip
+    trainer = pl.Trainer(
+        default_root_dir=run, callbacks=callbacks, logger=CSVLogger(run, name="", version=""),
+        **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, **config["trainer"]},
+    )  # fmt: skip
+    trainer.fit(task, loader, val, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+    # EMAWeightAveraging has copied the averaged weights into the model by now.
+    weights = run / "weights.safetensors"
+    if trainer.is_global_zero:
+        save_weights(task.model, weights, torch.float16)
+        print(f"{trainer.global_step} steps; averaged weights in {weights}")
+    return weights
+
+
+if __name__ == "__main__":
+    main()

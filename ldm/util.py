@@ -1,0 +1,34 @@
+"""Objects from configs, and the device by name."""
+
+from importlib import import_module
+
+import torch
+
+
+def get_obj_from_str(string):
+    """The class or function at a dotted path such as "ldm.models.autoencoder.AutoencoderKL"."""
+    module, _, name = string.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"target = {string!r} in the config cannot be imported: {error}") from error
+
+
+def instantiate_from_config(config, **overrides):
+    """The object `target(**params)` of a config node {target, params}; overrides win over params."""
+    if "target" not in config:
+        raise ValueError(f"this part of the config has no 'target', only {sorted(config)}")
+    return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **overrides})
+
+
+def resolve_device(device="auto"):
+    """A torch.device by name; "auto" takes CUDA, then Apple's MPS, then the CPU. An absent device is one clear ValueError."""
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'device = {str(device)!r} is not available here ({reason}): give "auto", "cpu", "cuda" or "mps"') from None
+    return resolved
