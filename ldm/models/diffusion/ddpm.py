@@ -59,10 +59,11 @@ class DDPM(nn.Module):
         self.channels = channels
         self.parameterization = parameterization
         self.model = DiffusionWrapper(unet_config)
-        betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        self.schedule = DiffusionSchedule(betas)
-        for name, values in published_buffers(betas).items():
-            self.register_buffer(name, values.float())
+        with torch.device("cpu"):  # real numbers even where the weights are built on "meta", to be loaded later
+            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+            self.schedule = DiffusionSchedule(betas)
+            for name, values in published_buffers(betas).items():
+                self.register_buffer(name, values.float())
 
     @property
     def network(self):
@@ -71,6 +72,53 @@ class DDPM(nn.Module):
 
     def forward(self, x_t, t, *args, **kwargs):
         return self.network(x_t, t, *args, **kwargs)
+
+
+class LatentDiffusion(DDPM):
+    """Diffusion in the latent space of an autoencoder, conditioned on text: Stable Diffusion v1 and v2 (Rombach et al. 2022).
+
+    Pictures are [B, 3, H, W] in -1 .. 1, latents z [B, channels, H/f, W/f] with f = first_stage_model.downsampling, tokens
+    [B, M, context_dim]; all of them float32, whatever the dtype of the weights. The remaining arguments are those of DDPM.
+    Text-conditioned and unconditional models only: other kinds of conditioning raise ValueError.
+    """
+
+    def __init__(
+        self,
+        first_stage_config,         # the autoencoder
+        cond_stage_config=None,     # the text encoder; None or "__is_unconditional__": there is none
+        conditioning_key=None,      # how the tokens reach the U-Net: "crossattn"
+        scale_factor=1.0,           # z = scale_factor * (the autoencoder's latent), which brings z to unit variance
+        scale_by_std=False,         # scale_factor was measured in training: it stands in the checkpoint, as a buffer
+        cond_stage_trainable=False, # this and the rest: upstream's training
+        num_timesteps_cond=None,
+        **ddpm,
+    ):  # fmt: skip
+        super().__init__(**ddpm)
+        if conditioning_key not in (None, "crossattn"):
+            raise ValueError(f"conditioning_key = {conditioning_key!r}: only text by cross-attention (\"crossattn\") and "
+                             "unconditional models (None) are supported")  # fmt: skip
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
+        else:
+            self.scale_factor = float(scale_factor)
+        self.first_stage_model = instantiate_from_config(first_stage_config)
+        conditional = cond_stage_config not in (None, "__is_unconditional__")
+        self.cond_stage_model = instantiate_from_config(cond_stage_config) if conditional else None
+
+    def encode(self, images, sample=False, generator=None):
+        """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: the posterior's mean, or (sample) a draw from it."""
+        posterior = self.first_stage_model.encode(images)
+        return float(self.scale_factor) * (posterior.sample(generator) if sample else posterior.mode())
+
+    def decode(self, z):
+        """Latents z [B, channels, h, w] -> pictures [B, 3, f h, f w], about -1 .. 1, not clipped."""
+        return self.first_stage_model.decode(z / float(self.scale_factor))
+
+    def encode_prompts(self, prompts):
+        """A list of B strings, "" being the empty prompt -> tokens [B, M, context_dim] for the U-Net's `context`."""
+        if self.cond_stage_model is None:
+            raise ValueError("this model has no text encoder: it is unconditional")
+        return self.cond_stage_model.encode([prompts] if isinstance(prompts, str) else list(prompts))
 
 
 def published_buffers(betas):

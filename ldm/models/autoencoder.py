@@ -1,0 +1,106 @@
+"""The autoencoder between pictures and latents (Rombach et al. 2022), at the path that published configs name."""
+
+import torch
+from torch import nn
+
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.tiling import tiled
+
+
+class AutoencoderKL(nn.Module):
+    """Variational autoencoder with a diagonal Gaussian latent.
+
+    Pictures x: [B, in_channels, H, W] in -1 .. 1, H and W divisible by `downsampling` (8 for Stable Diffusion).
+    Latents z: [B, embed_dim, H/downsampling, W/downsampling], not yet multiplied by the diffusion model's scale_factor.
+    Results have the input's dtype; the weights may be float16 or bfloat16 under float32 pictures and latents.
+
+    For large pictures: `tile(...)`, and `slicing = True` for one sample of the batch at a time; both off by default.
+    """
+
+    def __init__(
+        self,
+        ddconfig,               # arguments of Encoder and Decoder
+        lossconfig=None,        # of the training; not instantiated
+        embed_dim=None,         # channels of the latent; by default ddconfig's z_channels
+        ckpt_path=None,
+        ignore_keys=(),         # with ckpt_path
+        image_key="image",      # this and the rest: upstream's training and logging
+        colorize_nlabels=None,
+        monitor=None,
+    ):
+        super().__init__()
+        if ckpt_path is not None:
+            raise ValueError(f"ckpt_path = {ckpt_path!r} in the config is not supported: remove it, and load the "
+                             "weights with ldm.checkpoints.load_model")
+        if not ddconfig.get("double_z", True):
+            raise ValueError("double_z = False in ddconfig: AutoencoderKL needs True, a mean and a log-variance")
+        z_channels = ddconfig["z_channels"]
+        embed_dim = embed_dim or z_channels
+        self.in_channels = ddconfig["in_channels"]
+        self.embed_dim = embed_dim
+        self.downsampling = 2 ** (len(ddconfig.get("ch_mult", (1, 2, 4, 8))) - 1)
+        self.slicing = False
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.tile(None)
+
+    def tile(self, size=512, overlap=0.25):
+        """Encode and decode pictures larger than size x size in overlapping tiles, blended linearly; None: all at once.
+
+        size: of the tiles, in pixels, a multiple of `downsampling`
+        overlap: of neighbouring tiles, as a fraction of size, 0 .. 0.5; tiles that do not fit evenly overlap more
+        Activations then take the memory of one tile. Tiles do not see each other, so that the result approximates the
+        untiled one; it is equal where the picture fits into one tile. Returns self. Raises ValueError on other values.
+        """
+        if size is not None and (size < self.downsampling or size % self.downsampling):
+            raise ValueError(f"size = {size}: give a positive multiple of {self.downsampling}, or None for no tiling")
+        if not 0 <= overlap <= 0.5:
+            raise ValueError(f"overlap = {overlap}: give a fraction of the tile from 0 to 0.5")
+        self.tile_size = None if size is None else int(size) // self.downsampling  # in latent pixels
+        self.tile_overlap = None if size is None else round(overlap * self.tile_size)
+        return self
+
+    def encode(self, x):
+        """Picture [B, in_channels, H, W] in -1 .. 1 -> DiagonalGaussianDistribution of z [B, embed_dim, H/f, W/f].
+
+        `encode(x).mode()` is the latent without noise; f is `downsampling`. Raises ValueError on another shape or an
+        integer dtype.
+        """
+        self._check("x", x, self.in_channels, self.downsampling)
+        return DiagonalGaussianDistribution(self._in_parts(self._encode, x, self.downsampling, 1))
+
+    def decode(self, z):
+        """Latent [B, embed_dim, h, w] -> picture [B, out_ch, f*h, f*w], about -1 .. 1 (not clamped).
+
+        Raises ValueError on another shape or an integer dtype.
+        """
+        self._check("z", z, self.embed_dim, 1)
+        return self._in_parts(self._decode, z, 1, self.downsampling)
+
+    def forward(self, x, sample_posterior=False, generator=None):
+        """(reconstruction of x, posterior), from the posterior's mean or (sample_posterior) a sample of it."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode()), posterior
+
+    def _encode(self, x):
+        return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))).to(x.dtype)
+
+    def _decode(self, z):
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))).to(z.dtype)
+
+    def _in_parts(self, network, x, cell_in, cell_out):
+        if self.slicing and len(x) > 1:
+            return torch.cat([self._in_parts(network, part, cell_in, cell_out) for part in x.split(1)])
+        if self.tile_size is None:
+            return network(x)
+        return tiled(network, x, self.tile_size, self.tile_overlap, cell_in, cell_out)
+
+    def _check(self, name, x, channels, multiple):
+        if x.ndim != 4 or x.shape[1] != channels or any(n == 0 or n % multiple for n in x.shape[2:]):
+            raise ValueError(f"{name} has shape {list(x.shape)}, but this autoencoder takes [B, {channels}, H, W] with "
+                             f"positive multiples of {multiple} as H and W")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}, but this autoencoder takes floating-point numbers")

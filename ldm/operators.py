@@ -1,0 +1,167 @@
+"""Linear measurement operators A with their exact adjoints, and measurement noise: y = A x + sigma_y n.
+
+An operator is called as A(x), x [B, C, H, W] -> y, and has `A.adjoint(y)` = A^T y with <A x, y> = <x, A^T y> to rounding.
+"""
+
+import math
+
+import torch
+
+from ldm.newton_sampler import seeded_noise
+
+
+class Operator:
+    """What all operators share. They follow the dtype and device of the tensors they are given."""
+
+    def measured(self, y):
+        """y with zeros where nothing is measured: y itself but for masks."""
+        return y
+
+    def __matmul__(self, first):
+        """A @ B is the operator x -> A(B(x))."""
+        return Compose(self, first)
+
+
+class Identity(Operator):
+    """A x = x."""
+
+    def __call__(self, x):
+        return x
+
+    def adjoint(self, y):
+        return y
+
+
+class Mask(Operator):
+    """A x = M * x, zero where unknown; A^T = A.
+
+    mask: [B or 1, 1 or C, H, W] of zeros (unknown) and ones (known), any dtype. Other values are a ValueError.
+    """
+
+    def __init__(self, mask):
+        if mask.ndim != 4:
+            raise ValueError(f"mask has shape {list(mask.shape)}: give [B, 1, H, W] or [1, 1, H, W]")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("mask has values other than 0 (unknown) and 1 (known): threshold it first, for example mask > 0.5")
+        self.mask = mask
+
+    def __call__(self, x):
+        self.mask = mask = self.mask.to(x)
+        try:
+            fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"mask has shape {list(mask.shape)}, but the image has {list(x.shape)}: give the same height and width, "
+                             "and one mask per image or one for all")
+        return mask * x
+
+    adjoint = measured = __call__
+
+
+class Separable(Operator):
+    """A x = R x C^T on each channel, for a matrix R [h, H] along the columns and C [w, W] along the rows of a picture."""
+
+    def __init__(self, rows, columns):
+        self.rows, self.columns = rows, columns
+        self._cached = rows, columns
+
+    def _matrices(self, x):
+        if self._cached[0].dtype != x.dtype or self._cached[0].device != x.device:  # converted once, not at every call
+            self._cached = self.rows.to(x), self.columns.to(x)
+        return self._cached
+
+    def __call__(self, x):
+        if x.shape[2:] != (self.rows.shape[1], self.columns.shape[1]):
+            raise ValueError(f"the picture has size {list(x.shape[2:])}, but this operator was made for "
+                             f"{[self.rows.shape[1], self.columns.shape[1]]}")
+        rows, columns = self._matrices(x)
+        return rows @ x @ columns.T
+
+    def adjoint(self, y):
+        rows, columns = self._matrices(y)
+        return rows.T @ y @ columns
+
+
+def downsample(size, factor):
+    """Bicubic down-sampling with anti-aliasing: Keys' kernel (a = -0.5) stretched by `factor`, as PIL and torchvision do it.
+
+    size: (H, W) of the pictures; factor: any number >= 1 for which H / factor and W / factor are whole.
+    """
+    return Separable(*(_resampling_matrix(n, _divide(n, factor, "factor"), _keys, 2.0) for n in size))
+
+
+def box_average(size, factor):
+    """Means over factor x factor blocks. size: (H, W); factor: an integer that divides both."""
+    if int(factor) != factor:
+        raise ValueError(f"factor = {factor}: a box average needs an integer")
+    return Separable(*(torch.eye(_divide(n, factor, "factor")).repeat_interleave(int(factor), 1) / factor for n in size))
+
+
+def gaussian_blur(size, std, truncate=4.0):
+    """Convolution with a Gaussian of standard deviation `std` pixels, cut at `truncate` std; edges are mirrored."""
+    if not std > 0:
+        raise ValueError(f"std = {std}: give a positive number of pixels")
+    return Separable(*(_blur_matrix(n, std, truncate) for n in size))
+
+
+class Compose(Operator):
+    """x -> A(B(x)), adjoint y -> B^T(A^T(y))."""
+
+    def __init__(self, last, first):
+        self.last, self.first = last, first
+
+    def __call__(self, x):
+        return self.last(self.first(x))
+
+    def adjoint(self, y):
+        return self.first.adjoint(self.last.adjoint(y))
+
+    def measured(self, y):
+        return self.last.measured(y)
+
+
+def measure(A, x, sigma_y=0.0, seeds=None):
+    """y = A x + sigma_y n with standard normal n; seeds: one integer per picture, needed where sigma_y > 0."""
+    y = A(x)
+    if not sigma_y >= 0:
+        raise ValueError(f"sigma_y = {sigma_y}: give a standard deviation >= 0")
+    if sigma_y == 0:
+        return y
+    if seeds is None:
+        raise ValueError("seeds is missing: noisy measurements need one seed per picture")
+    return y + sigma_y * A.measured(seeded_noise(y.shape, seeds, y.device, y.dtype)())
+
+
+def _divide(n, factor, name):
+    if not factor >= 1 or abs(n / factor - round(n / factor)) > 1e-9 or round(n / factor) < 1:
+        raise ValueError(f"{name} = {factor} does not divide the picture's side of {n} pixels into a whole number: "
+                         f"give a number >= 1 that does, or crop the picture")
+    return round(n / factor)
+
+
+def _keys(x):
+    """Keys' cubic convolution kernel, a = -0.5."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x**2 + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _resampling_matrix(n, m, kernel, support):
+    """[m, n]: output pixel i is centred at (i + 1/2) n/m and weighs input pixels by the kernel stretched by n/m, sums 1."""
+    scale = n / m
+    centres = (torch.arange(m, dtype=torch.float64) + 0.5) * scale
+    distance = (torch.arange(n, dtype=torch.float64) + 0.5 - centres[:, None]) / scale
+    weights = torch.where(distance.abs() < support, kernel(distance), 0.0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _blur_matrix(n, std, truncate):
+    """[n, n]: a Gaussian around each pixel, what falls outside folded back at the edges (... b a | a b c ...)."""
+    radius = math.floor(truncate * std + 0.5)
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets.double() / std) ** 2)
+    index = (torch.arange(n)[:, None] + offsets) % (2 * n)  # [n, 2*radius + 1], mirrored with period 2n
+    index = torch.where(index < n, index, 2 * n - 1 - index)
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, index, (weights / weights.sum()).expand(n, -1))
