@@ -89,8 +89,6 @@ class LatentDiffusion(DDPM):
         conditioning_key=None,      # how the tokens reach the U-Net: "crossattn"
         scale_factor=1.0,           # z = scale_factor * (the autoencoder's latent), which brings z to unit variance
         scale_by_std=False,         # scale_factor was measured in training: it stands in the checkpoint, as a buffer
-        cond_stage_trainable=False, # this and the rest: upstream's training
-        num_timesteps_cond=None,
         **ddpm,
     ):  # fmt: skip
         super().__init__(**ddpm)
@@ -140,3 +138,6 @@ def published_buffers(betas):
         "posterior_mean_coef1": betas * previous.sqrt() / (1 - abar),
         "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - abar),
     }
+
+
+SCHEDULE_BUFFERS = frozenset(published_buffers(torch.tensor([0.5])))  # their names: loading and saving leave them out

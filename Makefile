@@ -1,0 +1,40 @@
+# Every target sets up .venv by itself; nothing is assumed but Python >= 3.10 with venv, and make.
+#   make demo         constrained sampling on the shipped model; pictures in outputs/
+#   make test         all tests that need no GPU
+#   make lab          JupyterLab on the notebooks
+#   make lint         ruff, notebooks included
+#   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# Notebooks run headless; figures are made by matplotlib's file backend, also for those who have set another.
+export MPLBACKEND ?= agg
+
+.PHONY: demo test lab lint train-mnist
+.DEFAULT_GOAL := demo
+
+$(READY): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python >= 3.10 with the venv module is needed; name one by: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Setting up .venv (torch and friends: several GB, a few minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+demo: $(READY)
+	@mkdir -p outputs
+	@$(BIN)/python -m papermill mnist/train_diffusion.ipynb outputs/train_diffusion.ipynb --cwd mnist -p out ../outputs
+	@cat outputs/summary.txt
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lab: $(READY)
+	@env -u MPLBACKEND $(BIN)/jupyter lab
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+
+train-mnist: $(READY)
+	@$(BIN)/python -m ldm.train --config configs/mnist/classifier.yaml
+	@$(BIN)/python -m ldm.train --config configs/mnist/unet.yaml
