@@ -7,8 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Notebooks run headless; figures are made by matplotlib's file backend, also for those who have set another.
-export MPLBACKEND ?= agg
+# Notebooks draw inline: a backend that the user has set would take the figures out of them.
+unexport MPLBACKEND
 
 .PHONY: demo test lab lint train-mnist
 .DEFAULT_GOAL := demo
@@ -30,7 +30,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest
 
 lab: $(READY)
-	@env -u MPLBACKEND $(BIN)/jupyter lab
+	@$(BIN)/jupyter lab
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Weights on disk: safetensors and published .ckpt files, read strictly and without executing anything.
 
-A file is indexed first (names, shapes, dtypes, and where the data lie) and compared with the model, which is built without memory
-(on the device "meta"). Then one tensor after the other is mapped, converted, checked and put in its place: the peak memory is that of
-the loaded model.
+A file is indexed first (names, shapes, dtypes, and where the data lie) and compared with the model, which is built
+without memory (on the device "meta"). Then one tensor after the other is mapped, converted, checked and put in its
+place: the peak memory is that of the loaded model.
 """
 
 import json
@@ -35,19 +35,20 @@ RECOMPUTED = re.compile(rf"{'|'.join(SCHEDULE_BUFFERS)}|(.*\.)?position_ids")
 TRAINING_ONLY = re.compile(r"(first_stage_model\.)?loss\..*|model_ema\.(decay|num_updates)|logvar|scale_factor")
 # Kinds of Stable Diffusion that do more than text to picture, by the channels that their U-Net takes.
 OTHER_KINDS = {5: "a depth-conditioned", 7: "an upscaling", 8: "an instruction-editing", 9: "an inpainting"}
-# Modules of Python whose classes honest checkpoints mention; a stub takes their place. Any other module of Python is an alarm.
-DATA_MODULES = {"argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "typing", "uuid"}
-DATA_BUILTINS = {"bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "range", "slice", "str", "tuple"}
+# Python's modules whose classes honest checkpoints mention; a stub takes their place. Any other of them is an alarm.
+DATA_MODULES = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools",
+                "logging", "pathlib", "re", "types", "typing", "uuid"}  # fmt: skip
+DATA_BUILTINS = {"bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "range", "slice", "str",
+                 "tuple"}  # fmt: skip
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
 def save_weights(model, path, dtype):
-    """Write the model's state dict without the schedule's buffers, floating-point tensors as `dtype`, as safetensors. Never
-    leaves half a file."""
+    """Write the model's state dict without the schedule's buffers, floating-point tensors as `dtype`, as safetensors.
+    Never leaves half a file."""
     path = Path(path)
     tensors = {k: v for k, v in model.state_dict().items() if k not in SCHEDULE_BUFFERS}
     tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous().cpu() for k, v in tensors.items()}
@@ -61,16 +62,17 @@ def load_model(source, config=None, device="auto", dtype=None, prediction=None):
     """A pre-trained model: in eval mode, without gradients, its 4-D weights channels-last.
 
     source      a shipped model (a key of SHIPPED) or the path of a .ckpt or .safetensors file
-    config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or found out
-                from the file's tensors (Stable Diffusion v1 and v2)
+    config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or
+                found out from the file's tensors (Stable Diffusion v1 and v2)
     device      "auto" (CUDA, MPS or CPU), or a device's name
-    dtype       of the weights: float32 (None), torch.float16 or torch.bfloat16. What goes in and comes out stays float32, and
-                the noise schedule float64
-    prediction  "eps" or "v", what the network predicts, instead of the config's. Needed for Stable Diffusion v2 without
-                config: its 512 base models (eps) and its 768 models (v) have the same tensors
+    dtype       of the weights: float32 (None), torch.float16 or torch.bfloat16. What goes in and comes out stays
+                float32, and the noise schedule float64
+    prediction  "eps" or "v", what the network predicts, instead of the config's. Needed for Stable Diffusion v2
+                without config: its 512 base models (eps) and its 768 models (v) have the same tensors
 
-    Nothing of the file is executed. Of a file with averaged weights (model_ema.*), these are used. Raises FileNotFoundError, or
-    ValueError for a file that cannot be read, does not fit the model in any name or shape, or holds NaN or infinity.
+    Nothing of the file is executed. Of a file with averaged weights (model_ema.*), these are used. Raises
+    FileNotFoundError, or ValueError for a file that cannot be read, does not fit the model in any name or shape, or
+    holds NaN or infinity.
     """
     device = resolve_device(device)
     dtype = torch.float32 if dtype is None else dtype
@@ -87,12 +89,12 @@ def load_model(source, config=None, device="auto", dtype=None, prediction=None):
 
     tensors = {}
     for name, name_in_file in tqdm(names.items(), f"loading {path.name}", unit=" tensors", delay=1, leave=False):
-        own = expected[name]
-        tensors[name] = tensor = stored[name_in_file].read().to(
-            device=device, dtype=dtype if isinstance(own, nn.Parameter) else own.dtype, copy=True,
-            memory_format=torch.channels_last if own.ndim == 4 else torch.preserve_format)  # fmt: skip
-        if tensor.is_floating_point() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-            raise ValueError(f"{path}: the tensor {name_in_file} holds NaN or infinity (as {tensor.dtype})")
+        own, source = expected[name], stored[name_in_file].read()
+        to = dtype if isinstance(own, nn.Parameter) else own.dtype
+        if to.is_floating_point and not all(abs(x) <= torch.finfo(to).max for x in torch.aminmax(source)):
+            raise ValueError(f"{path}: the tensor {name_in_file} holds NaN or infinity (as {to})")
+        layout = torch.channels_last if own.ndim == 4 else torch.preserve_format
+        tensors[name] = source.to(device=device, dtype=to, copy=True, memory_format=layout)
     model.load_state_dict(tensors, strict=False, assign=True)  # `match` was strict
     if "scale_factor" in stored and "scale_factor" not in expected:
         model.scale_factor = stored["scale_factor"].read().item()
@@ -100,26 +102,26 @@ def load_model(source, config=None, device="auto", dtype=None, prediction=None):
 
 
 def locate(source, config):
-    """(path of the weights, config or None) of a shipped model's name or a path, after checking what can be checked cheaply."""
+    """(path of the weights, config or None) of a shipped model's name or a path."""
     if str(source) in SHIPPED:
         shipped_config, weights = SHIPPED[str(source)]
         if not (path := ROOT / weights).is_file():
             run = "_".join(Path(shipped_config).with_suffix("").parts[-2:])
             raise FileNotFoundError(
-                f"the weights of {str(source)!r} are not at {path}: take them from the repository, or run `python -m ldm.train "
-                f"--config {shipped_config}` and copy runs/{run}/weights.safetensors there")
+                f"the weights of {str(source)!r} are not at {path}: take them from the repository, or run `python -m "
+                f"ldm.train --config {shipped_config}` and copy runs/{run}/weights.safetensors there")
         return path, ROOT / shipped_config if config is None else config
     path = Path(source).expanduser()
     if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a .ckpt or "
-                         ".safetensors file")
+        raise ValueError(f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a .ckpt "
+                         "or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     return path, config
 
 
 def read_config(config):
-    """The node {target, params} of a config: a yaml file's path, a dict or an OmegaConf, with or without `model` above it."""
+    """The node {target, params} of a config: a yaml file's path, a dict or an OmegaConf; `model` may stand above it."""
     if isinstance(config, (str, Path)):
         if not Path(config).is_file():
             raise FileNotFoundError(f"config {config}: there is no such file")
@@ -133,25 +135,25 @@ def infer_config(path, stored, prediction):
     first = stored.get("model.diffusion_model.input_blocks.0.0.weight")
     to_k = stored.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     if first is None or to_k is None:
-        raise ValueError(f"{path} holds no text-conditioned U-Net under model.diffusion_model (its tensors: {some(stored)}): "
-                         "give its config")
+        raise ValueError(f"{path} holds no text-conditioned U-Net under model.diffusion_model (its tensors: "
+                         f"{some(stored)}): give its config")
     if (channels := first.meta.shape[1]) != 4:
         kind = OTHER_KINDS.get(channels, "another")
-        raise ValueError(f"{path} is {kind} model, its U-Net takes {channels} channels: give the text-to-picture model (4 "
-                         "channels), constraints need no model of their own")
+        raise ValueError(f"{path} is {kind} model, its U-Net takes {channels} channels: give the text-to-picture model "
+                         "(4 channels), constraints need no model of their own")
     width = to_k.meta.shape[1]
     if width not in (768, 1024):
-        raise ValueError(f"{path} is neither Stable Diffusion v1 nor v2: its U-Net takes text of width {width}, not 768 or "
-                         "1024; give its config")
+        raise ValueError(f"{path} is neither Stable Diffusion v1 nor v2: its U-Net takes text of width {width}, not "
+                         "768 or 1024; give its config")
     if width == 1024 and prediction is None:
-        raise ValueError(f'{path} is Stable Diffusion v2, and its tensors do not tell what it predicts: give prediction="v" '
-                         '(the 768 models) or prediction="eps" (the 512 base models)')
+        raise ValueError(f"{path} is Stable Diffusion v2, and its tensors do not tell what it predicts: give "
+                         'prediction="v" (the 768 models) or prediction="eps" (the 512 base models)')
     name = "v1-inference" if width == 768 else "v2-inference-v" if prediction == "v" else "v2-inference"
     return ROOT / f"configs/stable-diffusion/{name}.yaml"
 
 
 def match(path, stored, expected):
-    """{name in the model: name in the file} of all tensors to load; one ValueError that lists everything that does not fit."""
+    """{name in the model: name in the file} of all tensors to load; one ValueError lists all that does not fit."""
     ema = [k for k in stored if k.startswith("model_ema.") and not TRAINING_ONLY.fullmatch(k)]
     if ema:
         print(f"{path.name} holds averaged (EMA) weights of the U-Net: these are used")
@@ -163,14 +165,15 @@ def match(path, stored, expected):
 
     missing = [k for k in names.values() if k not in stored]
     known = {*names, *names.values()}
-    unexpected = [k for k in stored if k not in known and not RECOMPUTED.fullmatch(k) and not TRAINING_ONLY.fullmatch(k)]
+    known |= {k for k in stored if RECOMPUTED.fullmatch(k) or TRAINING_ONLY.fullmatch(k)}
+    unexpected = [k for k in stored if k not in known]
     shapes = {k: (list(stored[k].meta.shape), list(expected[n].shape)) for n, k in names.items() if k in stored}
     misshaped = [f"{k} {found} instead of {needed}" for k, (found, needed) in shapes.items() if found != needed]
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    if problems := [f"\n  {len(v)} {kind}: {some(v)}" for kind, v in lists.items() if v]:
+    lists = {"missing tensors": missing, "unexpected tensors": unexpected, "tensors of another shape": misshaped}
+    if problems := [f"\n  {kind} ({len(v)}): {some(v)}" for kind, v in lists.items() if v]:
         unet = any(k.startswith("model") for k in missing + unexpected + misshaped)
-        raise ValueError(f"{path} does not fit the config{': the U-Net is of another architecture' if unet else ''}; of its "
-                         f"tensors are{''.join(problems)}")
+        raise ValueError(f"{path} does not fit the config{', its U-Net is of another architecture' if unet else ''}:"
+                         + "".join(problems))
     check_schedule(path, stored, expected)
     return names
 
@@ -221,15 +224,17 @@ def index_safetensors(path):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        metas = {k: torch.empty(v["shape"], dtype=SAFETENSORS_DTYPES[v["dtype"]], device="meta") for k, v in header.items()}
+        metas = {name: torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]], device="meta")
+                 for name, entry in header.items()}  # fmt: skip
     except Exception as error:  # of many types
-        raise ValueError(f"{path} is no readable safetensors file, perhaps truncated ({one_line(error)})") from None
+        raise ValueError(f"{path} is no readable safetensors file: truncated or of another kind ({one_line(error)})"
+                         ) from None
     return {k: Stored(path, 8 + length + header[k]["data_offsets"][0], meta) for k, meta in metas.items()}
 
 
 def index_ckpt(path):
-    """Unpickled by torch's restricted unpickler, which builds tensors and containers only. Lightning's files also mention classes
-    (callbacks, hyper-parameters ...): each of their names is bound to a stub; the class itself is never looked up."""
+    """Unpickled by torch's restricted unpickler, which builds tensors and containers only. Lightning's files also
+    mention classes (callbacks, hyper-parameters ...): each name is bound to a stub, the class itself never looked up."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no readable checkpoint: truncated, of another kind, or from before torch 1.6")
     try:
@@ -238,8 +243,8 @@ def index_ckpt(path):
     except Exception as error:
         raise ValueError(f"{path} is no readable checkpoint ({one_line(error)})") from None
     if alarming:
-        raise ValueError(f"{path} is refused, nothing of it was run: it asks for {some(alarming)}, which can execute code and "
-                         "which no weights need")
+        raise ValueError(f"{path} is refused, nothing of it was run: it asks for {some(alarming)}, which can execute "
+                         "code and which no weights need")
     try:
         with torch.serialization.safe_globals([(stub(name), name) for name in unknown]):
             content = torch.load(path, map_location="meta", weights_only=True)
@@ -248,7 +253,7 @@ def index_ckpt(path):
         begins = {k: v.untyped_storage()._checkpoint_offset for k, v in metas.items()}
     except Exception as error:
         raise ValueError(f"{path} is refused: it holds more than tensors and plain data ({one_line(error)})") from None
-    # torch computes the offsets from the order of the records; where another program has rewritten the archive, they are wrong.
+    # torch computes the offsets from the order of the records: wrong where another program has rewritten the archive.
     if not set(begins.values()) <= set(record_offsets(path)):
         raise ValueError(f"{path} was compressed or repacked: load it with torch and save it again with torch.save")
     return {k: Stored(path, begins[k] + v.storage_offset() * v.itemsize, v) for k, v in metas.items()}
@@ -264,7 +269,7 @@ def is_alarming(name):
 
 
 def stub(name):
-    """A class that takes any arguments, any state, and does nothing with them; for a kind of dict, it gives a plain one."""
+    """A class that takes any arguments and any state and does nothing with them; a kind of dict becomes a plain one."""
 
     class Stub:
         def __new__(cls, *args):

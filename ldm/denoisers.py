@@ -36,18 +36,18 @@ class Denoiser:
 
 
 class LatentDenoiser(Denoiser):
-    """D(x_t, t) -> x0 on the latents of a LatentDiffusion, for prompts, with classifier-free guidance (Ho & Salimans 2022).
+    """D(x_t, t) -> x0 on latents of a LatentDiffusion, for prompts, with classifier-free guidance (Ho & Salimans 2022).
 
-    The network's output (eps or v) is out_u + s (out_c - out_u) at any s = `guidance`: one doubled batch per call, but s = 1
-    (the prompt alone) and s = 0 (the negative prompt alone) take a single one. The paper's guidance w is s = 1 + w.
+    The network's output (eps or v) is out_u + s (out_c - out_u) at any s = `guidance`: one doubled batch per call, but
+    s = 1 (the prompt alone) and s = 0 (the negative prompt alone) take a single one. The paper's w is s = 1 + w.
 
     model             ldm.models.diffusion.ddpm.LatentDiffusion with a text encoder
     prompts           a list of strings, one per sample of x_t, or one string for all samples
     guidance          s
     negative_prompts  likewise; None: empty prompts
 
-    The text is encoded once, here. Calling it: x_t [B, C, h, w] float32, t a time of the schedule -> x0, same shape and dtype.
-    Raises ValueError if the number of prompts is neither one nor B.
+    The text is encoded once, here. Calling it: x_t [B, C, h, w] float32, t a time of the schedule -> x0, same shape and
+    dtype. Raises ValueError if the number of prompts is neither one nor B.
     """
 
     def __init__(self, model, prompts, guidance=1.0, negative_prompts=None):
@@ -71,5 +71,6 @@ class LatentDenoiser(Denoiser):
 
     def _per_sample(self, name, tokens, x_t):
         if len(tokens) not in (1, len(x_t)):
-            raise ValueError(f"{name} has {len(tokens)} entries, but x_t has {len(x_t)} samples: give one for each, or one for all")
+            raise ValueError(f"{name} has {len(tokens)} entries, but x_t has {len(x_t)} samples: give one for each, or "
+                             "one for all")
         return tokens.expand(len(x_t), -1, -1)

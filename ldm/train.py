@@ -3,9 +3,10 @@
     python -m ldm.train --config configs/mnist/unet.yaml [key=value ...]
 
 A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (one of the tasks below) and
-`trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). Any of their values can be set on the command
-line, for example trainer.max_time=00:01:00:00. Everything is written to runs/<name>/: checkpoints, metrics.csv, sample sheets, and at
-the end weights.safetensors, the averaged weights in float16. The same command after a kill resumes from the last checkpoint.
+`trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). Any of their values can be set on the
+command line, for example trainer.max_time=00:01:00:00. Everything is written to runs/<name>/: checkpoints, metrics (one version_N/metrics.csv
+for each start), sample sheets, and at the end weights.safetensors, the averaged weights in float16. The same command after a kill
+resumes from the last checkpoint.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -124,10 +125,9 @@ def train(config, run, resume=True):
                         enable_version_counter=False, save_on_exception=True),
         EMAWeightAveraging(decay=config.get("ema", 0.999)),
         LearningRateMonitor("step"),
-        TQDMProgressBar(refresh_rate=10),
     ]  # fmt: skip
     trainer = pl.Trainer(
-        default_root_dir=run, callbacks=callbacks, logger=CSVLogger(run, name="", version=""),
+        default_root_dir=run, callbacks=callbacks, logger=CSVLogger(run, name="metrics"),
         **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, **config["trainer"]},
     )  # fmt: skip
     trainer.fit(task, loader, val, ckpt_path=last if resume and last.exists() else None, weights_only=True)

@@ -1,5 +1,7 @@
 """Objects from configs, and the device by name."""
 
+import resource
+import sys
 from importlib import import_module
 
 import torch
@@ -32,3 +34,10 @@ def resolve_device(device="auto"):
         reason = str(error).splitlines()[0]
         raise ValueError(f'device = {str(device)!r} is not available here ({reason}): give "auto", "cpu", "cuda" or "mps"') from None
     return resolved
+
+
+def peak_memory(device):
+    """Peak memory of this process in GiB: allocated on a CUDA device, resident on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

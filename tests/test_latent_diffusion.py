@@ -1,4 +1,4 @@
-"""LatentDiffusion against the published names and yaml, and LatentDenoiser against diffusers and the written-out formula."""
+"""LatentDiffusion against the published names and yaml, LatentDenoiser against diffusers and the written-out formula."""
 
 import re
 import time
@@ -234,12 +234,13 @@ def test_guidance_of_a_v_model():
 
 
 def test_guidance_equals_diffusers(model):
-    """Their U-Net from the published names by their own converter, their DDIM scheduler, the guidance line of their pipeline."""
+    """Their U-Net from the published names by their converter, their DDIM scheduler, the guidance of their pipeline."""
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64, 128, 128), cross_attention_dim=WIDTH, attention_head_dim=8, layers_per_block=2)
     state = convert_ldm_unet_checkpoint(model.state_dict(), unet.config)
     unet.load_state_dict(state)
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     scheduler.set_timesteps(20)
     negatives = ["blurry", ""]
     context = torch.cat([model.encode_prompts(negatives), model.encode_prompts(PROMPTS)])
@@ -267,7 +268,8 @@ def test_samples_do_not_mix_and_one_prompt_serves_all(model):
     for i, prompt in enumerate(PROMPTS):
         alone = LatentDenoiser(model, [prompt], 4.0)(X_T[i : i + 1], 700)
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-4)
-    one, two = LatentDenoiser(model, "a cat", 4.0, "a dog"), LatentDenoiser(model, ["a cat"] * 2, 4.0, ["a dog"] * 2)
+    one = LatentDenoiser(model, "a cat", 4.0, "a dog")
+    two = LatentDenoiser(model, ["a cat"] * 2, 4.0, ["a dog"] * 2)
     torch.testing.assert_close(one(X_T, 700), two(X_T, 700), rtol=1e-4, atol=1e-4)
 
 
@@ -294,7 +296,8 @@ def test_the_sampler_runs_on_latents(model):
     def constraint(x0):
         return known - x0, (known - x0).flatten(1).norm(dim=1)
 
-    states = list(newton_sampler(LatentDenoiser(model, "a", 2.0), constraint, (1, 4, 8, 8), [0], steps=2, newton_steps=1))
+    D = LatentDenoiser(model, "a", 2.0)
+    states = list(newton_sampler(D, constraint, (1, 4, 8, 8), [0], steps=2, newton_steps=1))
     assert states[-1].nfe == 6 and states[-1].x_t.isfinite().all()
 
 

