@@ -18,7 +18,7 @@ class _Precomputed(torch.nn.Module):
 def kernel_distance(features, reference, subsets=100, subset_size=1000, seed=0):
     """Kernel distance (KID, Binkowski et al. 2018: unbiased MMD^2, kernel (x.y/d + 1)^3) between two sets of features.
 
-    features [N, d], reference [M, d] of any network. Means over `subsets` random subsets of `subset_size` (at most N and M) of each.
+    features [N, d], reference [M, d] of any network. Means over `subsets` random subsets of `subset_size` (at most N, M) of each.
     Returns (mean, standard deviation over the subsets), floats; near 0 (and then of either sign) for equal distributions.
     """
     subset_size = min(subset_size, len(features), len(reference))

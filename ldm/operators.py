@@ -52,8 +52,8 @@ class Mask(Operator):
         except RuntimeError:
             fits = False
         if not fits:
-            raise ValueError(f"mask has shape {list(mask.shape)}, but the image has {list(x.shape)}: give the same height and width, "
-                             "and one mask per image or one for all")
+            raise ValueError(f"mask has shape {list(mask.shape)}, but the image has {list(x.shape)}: give the same height and "
+                             "width, and one mask per image or one for all")
         return mask * x
 
     adjoint = measured = __call__

@@ -2,11 +2,11 @@
 
     python -m ldm.train --config configs/mnist/unet.yaml [key=value ...]
 
-A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (one of the tasks below) and
-`trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). Any of their values can be set on the
-command line, for example trainer.max_time=00:01:00:00. Everything is written to runs/<name>/: checkpoints, metrics (one version_N/metrics.csv
-for each start), sample sheets, and at the end weights.safetensors, the averaged weights in float16. The same command after a kill
-resumes from the last checkpoint.
+A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (one of the tasks
+below) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). Any of their values can be set
+on the command line, for example trainer.max_time=00:01:00:00. Everything is written to runs/<name>/: checkpoints, metrics
+(one version_N/metrics.csv for each start), sample sheets, and at the end weights.safetensors, the averaged weights in
+float16. The same command after a kill resumes from the last checkpoint.
 """
 
 import argparse

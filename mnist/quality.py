@@ -2,8 +2,9 @@
 
     python mnist/quality.py [--model mnist] [--samples 1000] [--steps 50] [--out checkpoints/mnist]
 
-A classifier (shipped, trained by configs/mnist/classifier.yaml) judges the samples; kernel distances (KID) are in its features, to the
-10,000 test digits, beside those of as many training digits. Needs the MNIST data. Writes quality.json and samples.png.
+A classifier (shipped, trained by configs/mnist/classifier.yaml) judges the samples; kernel distances (KID) are in its
+features, to the 10,000 test digits, beside those of as many training digits. Needs the MNIST data. Writes quality.json and
+samples.png.
 """
 
 import argparse

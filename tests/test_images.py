@@ -56,7 +56,8 @@ def test_sample_digits():
 
 
 @pytest.mark.parametrize("image, message", [
-    (torch.zeros(3, 4, 4), "float32 \\[3, 4, 4\\]"), (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"), ("x.png", "image is str"),
+    (torch.zeros(3, 4, 4), "float32 \\[3, 4, 4\\]"),
+    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"), ("x.png", "image is str"),
     (torch.full((1, 3, 4, 4), 1.1), "must lie in"), (torch.full((1, 3, 4, 4), float("nan")), "48 values that are NaN"),
 ])  # fmt: skip
 def test_bad_tensors(image, message):

@@ -17,7 +17,7 @@ from ldm.util import instantiate_from_config
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/stable-diffusion"
 WIDTH = 32
-TINY_TEXT = {}
+TINY_TEXT = {"text_config": dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4)}
 
 # As published, with everything that only training uses.
 UPSTREAM = """
@@ -128,7 +128,7 @@ def randomised(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
-        scale = 0.1 if p.ndim == 1 else (p[0].numel() or 1) ** -0.5
+        scale = 0.1 if p.ndim < 2 else (p[0].numel() or 1) ** -0.5
         p.data = noise * scale + (1.0 if p.ndim == 1 and name.endswith("weight") else 0.0)
     return model.eval().requires_grad_(False)
 

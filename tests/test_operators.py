@@ -31,7 +31,9 @@ def operator_and_shape(draw, kinds=("identity", "mask", "downsample", "box", "bl
     if kind == "box":
         return box_average((h, w), factor), shape
     blur = gaussian_blur((h, w), draw(st.floats(0.2, 6)))
-    return (blur if kind == "blur" else Mask(torch.rand(1, 1, h // factor, w // factor) < 0.5) @ downsample((h, w), factor) @ blur), shape
+    if kind == "blur":
+        return blur, shape
+    return Mask(torch.rand(1, 1, h // factor, w // factor) < 0.5) @ downsample((h, w), factor) @ blur, shape
 
 
 @settings(max_examples=150, deadline=None)
@@ -121,7 +123,8 @@ def test_inpainting_residual_counts_known_pixels_only():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Mask(torch.full((1, 1, 4, 4), 0.5)), "values other than 0"), (lambda: Mask(torch.ones(4, 4)), "mask has shape \\[4, 4\\]"),
+    (lambda: Mask(torch.full((1, 1, 4, 4), 0.5)), "values other than 0"),
+    (lambda: Mask(torch.ones(4, 4)), "mask has shape \\[4, 4\\]"),
     (lambda: Mask(torch.ones(1, 1, 4, 5))(torch.zeros(1, 1, 4, 4)), "mask has shape \\[1, 1, 4, 5\\], but the image"),
     (lambda: Mask(torch.ones(2, 1, 4, 4))(torch.zeros(1, 1, 4, 4)), "one mask per image"),
     (lambda: downsample((10, 10), 4), "factor = 4 does not divide"), (lambda: downsample((8, 8), 0), "factor = 0"),

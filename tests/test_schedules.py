@@ -107,7 +107,8 @@ def test_levels_go_down_to_the_clean_end(schedule):
 @pytest.mark.parametrize("call, message", [
     (lambda s: s.level(1000), "t = 1000"), (lambda s: s.level(-1), "t = -1"), (lambda s: s.level(3.5), "t = 3.5"),
     (lambda s: s.levels(0), "steps = 0"), (lambda s: s.levels(1001), "1 to 1000"), (lambda s: s.levels(10, "karras"), "'karras'"),
-    (lambda s: FlowSchedule().level(0), "t = 0"), (lambda s: FlowSchedule().level(1.5), "t = 1.5"), (lambda s: FlowSchedule().levels(0), "steps = 0"),
+    (lambda s: FlowSchedule().level(0), "t = 0"), (lambda s: FlowSchedule().level(1.5), "t = 1.5"),
+    (lambda s: FlowSchedule().levels(0), "steps = 0"),
     (lambda s: make_beta_schedule("sigmoid", 10), "'sigmoid'"), (lambda s: Denoiser(None, s, "score"), "prediction = 'score'"),
     (lambda s: Denoiser(lambda x, t: x, s)(torch.zeros(1, 1), 1000), "t = 1000"),
 ])  # fmt: skip

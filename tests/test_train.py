@@ -38,7 +38,8 @@ def small_config(steps, batch_size=20):
                  unet_config=dict(target=target, params=unet))  # fmt: skip
     return dict(
         model=dict(target="ldm.models.diffusion.ddpm.DDPM", params=model), data=dict(target="test_train.Digits"),
-        training=dict(target="ldm.train.DiffusionTraining", params=dict(lr=0.002, warmup=5)), batch_size=batch_size, checkpoint_every=4,
+        training=dict(target="ldm.train.DiffusionTraining", params=dict(lr=0.002, warmup=5)),
+        batch_size=batch_size, checkpoint_every=4,
         trainer=dict(max_steps=steps, accelerator="cpu", check_val_every_n_epoch=4, limit_val_batches=1, log_every_n_steps=1,
                      enable_progress_bar=False, enable_model_summary=False))  # fmt: skip
 

@@ -52,7 +52,8 @@ def to_diffusers(state, blocks, head_dim):
             else:
                 name = f"{block}.{'resnets' if is_resnet else 'attentions'}.{k}.{rest}"
         for ours, theirs in {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-                             "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}.items():  # fmt: skip
+                             "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+                             }.items():  # fmt: skip
             name = name.replace(ours, theirs)
         if ".qkv." in name:  # AttentionBlock, legacy order (head, qkv, dim)
             parts = value.squeeze(-1) if value.ndim == 3 else value
@@ -80,7 +81,8 @@ def check(ours, theirs, head_dim=None, blocks=1, context=None, y=None, size=(16,
 
 
 CROSS = dict(in_channels=4, out_channels=4, norm_num_groups=32, cross_attention_dim=24,
-             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
+             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -113,7 +115,8 @@ def test_class_labels_beside_cross_attention():
 def test_no_attention_but_in_the_middle_against_the_conditional_model():
     """UNet2DConditionModel with plain blocks only; its middle keeps the cross-attention, as ours does."""
     ours = UNetModel(16, 4, 32, 4, 2, [], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True, context_dim=24)
-    theirs = diffusers.UNet2DConditionModel(**{**CROSS, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2},
+    theirs = diffusers.UNet2DConditionModel(**{**CROSS, "down_block_types": ("DownBlock2D",) * 2,
+                                               "up_block_types": ("UpBlock2D",) * 2},
                                             block_out_channels=(32, 64), layers_per_block=2, attention_head_dim=4)  # fmt: skip
     check(ours, theirs, blocks=2, context=torch.randn(2, 7, 24))
 
@@ -121,7 +124,7 @@ def test_no_attention_but_in_the_middle_against_the_conditional_model():
 @pytest.mark.parametrize("updown", [False, True])
 @pytest.mark.parametrize("film", [False, True])
 def test_self_attention_as_in_adm(updown, film):
-    """No cross-attention: AttentionBlock, FiLM conditioning, resampling by residual blocks. Their blocks that resample that way have no
+    """No cross-attention: AttentionBlock, FiLM conditioning, resampling by residual blocks. Blocks of theirs that do so have no
     attention, so there it acts in the middle only."""
     ours = UNetModel(16, 3, 32, 3, 1, [] if updown else [1, 2], channel_mult=[1, 2], num_head_channels=16,
                      use_scale_shift_norm=film, resblock_updown=updown)  # fmt: skip
@@ -136,7 +139,8 @@ def test_self_attention_as_in_adm(updown, film):
 def test_new_attention_order_is_a_permutation_of_the_legacy_one():
     legacy = randomised(UNetModel(16, 1, 32, 1, 1, [1], channel_mult=[1], num_heads=4))
     new = UNetModel(16, 1, 32, 1, 1, [1], channel_mult=[1], num_heads=4, use_new_attention_order=True).eval()
-    state = {k: v.unflatten(0, (4, 3, 8)).transpose(0, 1).flatten(0, 2) if ".qkv." in k else v for k, v in legacy.state_dict().items()}
+    state = {k: v.unflatten(0, (4, 3, 8)).transpose(0, 1).flatten(0, 2) if ".qkv." in k else v
+             for k, v in legacy.state_dict().items()}  # fmt: skip
     new.load_state_dict(state)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
     assert torch.allclose(legacy(x, t), new(x, t), atol=1e-5)
@@ -154,7 +158,8 @@ def test_sd_v1_names_and_shapes():
 
 
 def test_half_precision_weights_take_and_give_float32():
-    unet = randomised(UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True, context_dim=24))
+    unet = randomised(UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
+                                context_dim=24))
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 977]), torch.randn(2, 7, 24)
     with torch.no_grad():
         expected = unet(x, t, context)
@@ -176,7 +181,8 @@ def test_recomputing_activations_changes_nothing():
 
 
 def test_patches_hold_the_same_picture():
-    unet = randomised(PatchUNetModel(1, 1, patch_size=2, image_size=16, model_channels=32, num_res_blocks=1, attention_resolutions=[],
+    unet = randomised(PatchUNetModel(1, 1, patch_size=2, image_size=16, model_channels=32, num_res_blocks=1,
+                                     attention_resolutions=[],
                                      channel_mult=[1], num_heads=2))  # fmt: skip
     unet.unet = nn.Identity()
     unet.unet.forward = lambda x, *_: x
@@ -201,7 +207,8 @@ def test_wrong_inputs_are_refused():
     x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
     for arguments, message in [
         ((torch.zeros(2, 3, 8, 8), t), "takes \\[B, 1, H, W\\]"), ((torch.zeros(2, 1, 7, 8), t), "divisible by 2"),
-        ((x, t[:1]), "one per sample"), ((x, t, torch.zeros(2, 7, 8)), "no cross-attention"), ((x, t, None, t), "not class-conditional"),
+        ((x, t[:1]), "one per sample"), ((x, t, torch.zeros(2, 7, 8)), "no cross-attention"),
+        ((x, t, None, t), "not class-conditional"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             unet(*arguments)

@@ -113,10 +113,10 @@ class LatentDiffusion(DDPM):
         return self.first_stage_model.decode(z / float(self.scale_factor))
 
     def encode_prompts(self, prompts):
-        """A list of B strings, "" being the empty prompt -> tokens [B, M, context_dim] for the U-Net's `context`."""
+        """A string or a list of B strings, "" being the empty prompt -> tokens [B, M, context_dim], the U-Net's `context`."""
         if self.cond_stage_model is None:
             raise ValueError("this model has no text encoder: it is unconditional")
-        return self.cond_stage_model.encode([prompts] if isinstance(prompts, str) else list(prompts))
+        return self.cond_stage_model.encode(prompts)
 
 
 def published_buffers(betas):
