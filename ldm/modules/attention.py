@@ -78,8 +78,8 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         inner = n_heads * d_head
         context_dims = context_dim if isinstance(context_dim, (list, tuple)) else [context_dim] * depth
-        self.use_linear = use_linear  # Stable Diffusion v2; v1 has 1x1 convolutions
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        # use_linear: Stable Diffusion v2. v1's weights have the shape of 1x1 convolutions, which are the same.
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, n_heads, d_head, dropout, c, disable_self_attn=disable_self_attn)
@@ -89,21 +89,17 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x, context=None):  # [B, C, H, W], [B, M, C_context]
-        size = x.shape[2:]
-        h = self.norm(x)
-        if not self.use_linear:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # [B, H*W, C]
-        if self.use_linear:
-            h = self.proj_in(h)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
+        h = pointwise(self.proj_in, h)
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.use_linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
-        if not self.use_linear:
-            h = self.proj_out(h)
+        h = pointwise(self.proj_out, h).transpose(1, 2).unflatten(2, x.shape[2:])  # [B, C, H, W]
         return x + h
+
+
+def pointwise(layer, h):
+    """A linear layer or 1x1 convolution on tokens [B, N, C]: without a change of layout."""
+    return F.linear(h, layer.weight.flatten(1), layer.bias)
 
 
 class AttentionBlock(nn.Module):

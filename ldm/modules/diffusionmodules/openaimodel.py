@@ -207,7 +207,8 @@ class UNetModel(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = torch.cat([h, skips.pop()], dim=1)  # a line of its own: neither part outlives it
+            h = block(h, emb, context)
         return self.out(h).to(x.dtype)  # [B, out_channels, H, W]
 
     def _check(self, x, timesteps, context, y):
