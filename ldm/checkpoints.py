@@ -23,9 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS
-from ldm.util import instantiate_from_config, resolve_device
+from ldm.util import ROOT, instantiate_from_config, resolve_device
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
     "mnist-classifier": ("configs/mnist/classifier.yaml", "checkpoints/mnist/classifier.safetensors"),

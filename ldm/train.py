@@ -16,6 +16,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from open_clip.tokenizer import SimpleTokenizer
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ from ldm.checkpoints import save_weights
 from ldm.denoisers import PREDICTIONS, Denoiser
 from ldm.images import grid, save_image
 from ldm.newton_sampler import sample
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, resolve_path
 
 
 class Training(pl.LightningModule):
@@ -103,6 +104,45 @@ class AutoencoderTraining(Training):
         if i == 0 and self.trainer.is_global_zero:
             sheet = grid(torch.cat([x[:8], reconstruction[:8]]), 8)
             save_image(sheet, Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
+
+
+class ClipTraining(Training):
+    """Radford et al. 2021: each picture finds its own caption among the batch's and the reverse, by cross-entropy. Pictures are
+    turned, scaled and shifted a little, each in its own way."""
+
+    def __init__(self, model, vocabulary=None, **kwargs):
+        super().__init__(model, **kwargs)
+        whole = () if vocabulary is None else (str(resolve_path(vocabulary)),)
+        self.tokenizer = SimpleTokenizer(*whole, context_length=model.context_length)
+
+    def loss(self, images, captions):
+        ids = self.tokenizer(list(captions)).to(images.device)
+        of_image, of_text, scale = self.model(images, ids)
+        logits, own = scale * of_image @ of_text.T, torch.arange(len(ids), device=images.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, logits
+
+    def training_step(self, batch, _):
+        images, captions = batch
+        loss, _ = self.loss(jitter(images, self.generator(self.global_step)), captions)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, _):
+        loss, logits = self.loss(*batch)
+        accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        self.log_dict({"val_loss": loss, "val_accuracy": accuracy}, prog_bar=True, sync_dist=True)
+
+
+def jitter(images, generator, turn=0.15, scale=0.15, shift=0.1):
+    """Images [B, C, H, W], each turned by up to `turn` radians, scaled and shifted (fractions of the size), the border extended."""
+    most = torch.tensor([[turn], [scale], [shift], [shift]])
+    angle, zoom, dx, dy = most * (2 * torch.rand(4, len(images), generator=generator) - 1)
+    cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
+    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], dim=1).view(-1, 2, 3).to(images)
+    places = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, places, padding_mode="border", align_corners=False)
 
 
 class ClassifierTraining(Training):

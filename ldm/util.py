@@ -1,10 +1,21 @@
-"""Objects from configs, and the device by name."""
+"""Objects and paths from configs, the device by name, and peak memory."""
 
 import resource
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+
+
+def resolve_path(path):
+    """A path in a config: as it is where it exists, otherwise below the repository's root. FileNotFoundError if in neither."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"{path}: there is no such file, here or in {ROOT}")
 
 
 def get_obj_from_str(string):

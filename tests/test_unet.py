@@ -212,3 +212,14 @@ def test_wrong_inputs_are_refused():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             unet(*arguments)
+
+
+def test_compiles_as_one_graph():
+    """torch.compile without a graph break; by the backend that traces only, so that no C compiler is needed."""
+    unet = randomised(UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
+                                context_dim=24))  # fmt: skip
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 500]), torch.randn(2, 7, 24)
+    with torch.inference_mode():
+        expected = unet(x, t, context)
+        unet.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(unet(x, t, context), expected, rtol=1e-4, atol=1e-4)

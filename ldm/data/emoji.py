@@ -6,6 +6,7 @@ fetches the two npm packages into data/emoji, verifies them and builds data/emoj
 """
 
 import argparse
+import gzip
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -37,13 +39,15 @@ SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
 
 
 class Emoji(Dataset):
-    """(picture [3, 64, 64] in [-1, 1], caption): about 6,300 pictures; with train=False those of the held-out names.
+    """(picture [3, 64, 64] in [-1, 1], caption): 6,165 pictures; with train=False the 347 of the held-out names.
 
-    root: folder that holds emoji/emoji.npz. FileNotFoundError says how to make it. `styles[i]` is 0 (Noto) or 1 (Fluent 3D),
-    `names[i]` the caption without the skin tone.
+    root      folder that holds emoji/emoji.npz; FileNotFoundError says how to make it
+    by_name   an item is a name, and every look at it draws one of its pictures: otherwise people in all skin tones are half
+              of the pictures, though a fifth of the names
+    `names[i]` is the caption of picture i without the skin tone, `styles[i]` 0 (Noto) or 1 (Fluent 3D).
     """
 
-    def __init__(self, root="data", train=True):
+    def __init__(self, root="data", train=True, by_name=False):
         path = Path(root) / "emoji" / "emoji.npz"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; `python -m ldm.data.emoji --root {root}` (make data-emoji) makes it")
@@ -56,11 +60,18 @@ class Emoji(Dataset):
         self.images = torch.from_numpy(images[chosen])  # [N, 3, 64, 64] uint8
         self.names, self.captions = names[chosen].tolist(), captions[chosen].tolist()
         self.styles = torch.from_numpy(styles[chosen])
+        self.groups = [[i] for i in range(len(chosen))]
+        if by_name:
+            groups = {}
+            for i, name in enumerate(self.names):
+                groups.setdefault(name, []).append(i)
+            self.groups = list(groups.values())
 
     def __len__(self):
-        return len(self.captions)
+        return len(self.groups)
 
     def __getitem__(self, i):
+        i = self.groups[i][torch.randint(len(self.groups[i]), ())]
         return from_uint8(self.images[i]), self.captions[i]
 
 
@@ -148,10 +159,30 @@ def build(root="data"):
     data = io.BytesIO()
     Image.fromarray(sheet).save(data, "webp", lossless=True, quality=60, method=4)
     temporary = folder / ".emoji.part.npz"
-    np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=np.array(names), captions=np.array(captions),
-             styles=np.array(styles, np.uint8))  # fmt: skip
+    np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=np.array(names),
+                        captions=np.array(captions), styles=np.array(styles, np.uint8))  # fmt: skip
     temporary.replace(folder / "emoji.npz")
     return folder / "emoji.npz"
+
+
+def write_vocabulary(captions, path):
+    """The part of CLIP's byte-pair vocabulary that the captions use, in the same format: the single bytes stay, so that
+    every string has tokens, and captions have the same ones as with the whole vocabulary."""
+    tokenizer = SimpleTokenizer()
+    merges = set()
+
+    def take_apart(token):  # a token is the join of one merge's two sides, which are tokens themselves
+        if token in sides and sides[token] not in merges:
+            merges.add(sides[token])
+            for side in sides[token]:
+                take_apart(side)
+
+    sides = {"".join(pair): pair for pair in reversed(tokenizer.bpe_ranks)}
+    for caption in captions:
+        for token in tokenizer.encode(caption):
+            take_apart(tokenizer.decoder[token])
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks if pair in merges)]
+    path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
 def main():
