@@ -4,13 +4,14 @@
 #   make lab          JupyterLab on the notebooks
 #   make lint         ruff, notebooks included
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
+#   make data-emoji   fetch and prepare the captioned pictures for configs/tiny, into data/
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 # Notebooks draw inline: a backend that the user has set would take the figures out of them.
 unexport MPLBACKEND
 
-.PHONY: demo test lab lint train-mnist
+.PHONY: demo test lab lint train-mnist data-emoji
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.txt constraints.txt pyproject.toml
@@ -38,3 +39,6 @@ lint: $(READY)
 train-mnist: $(READY)
 	@$(BIN)/python -m ldm.train --config configs/mnist/classifier.yaml
 	@$(BIN)/python -m ldm.train --config configs/mnist/unet.yaml
+
+data-emoji: $(READY)
+	@$(BIN)/python -m ldm.data.emoji

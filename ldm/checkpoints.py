@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS
-from ldm.util import ROOT, instantiate_from_config, resolve_device
+from ldm.util import ROOT, instantiate_from_config, resolve_device, resolve_path
 
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
@@ -45,12 +45,12 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def save_weights(model, path, dtype):
-    """Write the model's state dict without the schedule's buffers, floating-point tensors as `dtype`, as safetensors.
-    Never leaves half a file."""
+def save_weights(model, path, dtype, without=()):
+    """Write the model's state dict, floating-point tensors as `dtype` (single numbers as they are), as safetensors. Left out
+    are the schedule's buffers and the names that begin with one of `without`. Never leaves half a file."""
     path = Path(path)
-    tensors = {k: v for k, v in model.state_dict().items() if k not in SCHEDULE_BUFFERS}
-    tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous().cpu() for k, v in tensors.items()}
+    tensors = {k: v for k, v in model.state_dict().items() if k not in SCHEDULE_BUFFERS and not k.startswith(tuple(without))}
+    tensors = {k: (v.to(dtype) if v.is_floating_point() and v.ndim else v).contiguous().cpu() for k, v in tensors.items()}
     temporary = path.with_name(f".{path.name}.part")
     save_file(tensors, temporary)
     temporary.chmod(0o644)  # safetensors leaves the file readable to its owner only
@@ -62,7 +62,8 @@ def load_model(source, config=None, device="auto", dtype=None, prediction=None):
 
     source      a shipped model (a key of SHIPPED) or the path of a .ckpt or .safetensors file
     config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or
-                found out from the file's tensors (Stable Diffusion v1 and v2)
+                found out from the file's tensors (Stable Diffusion v1 and v2). Its `parts` name files for those parts
+                of the model that the source itself does not hold
     device      "auto" (CUDA, MPS or CPU), or a device's name
     dtype       of the weights: float32 (None), torch.float16 or torch.bfloat16. What goes in and comes out stays
                 float32, and the noise schedule float64
@@ -81,8 +82,10 @@ def load_model(source, config=None, device="auto", dtype=None, prediction=None):
     stored = index(path)
     config = infer_config(path, stored, prediction) if config is None else config
     overrides = {} if prediction is None else {"parameterization": prediction}
+    model_config, parts = read_config(config)
+    stored = index_parts(parts) | stored
     with torch.device("meta"):
-        model = instantiate_from_config(read_config(config), **overrides)
+        model = instantiate_from_config(model_config, **overrides)
     expected = model.state_dict(keep_vars=True)
     names = match(path, stored, expected)
 
@@ -120,13 +123,14 @@ def locate(source, config):
 
 
 def read_config(config):
-    """The node {target, params} of a config: a yaml file's path, a dict or an OmegaConf; `model` may stand above it."""
+    """(the node {target, params}, the parts) of a config: a yaml file's path, a dict or an OmegaConf; `model` may stand above
+    the node, and `parts` beside `model`."""
     if isinstance(config, (str, Path)):
         if not Path(config).is_file():
             raise FileNotFoundError(f"config {config}: there is no such file")
         config = OmegaConf.load(config)
     config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    return config.get("model", config)
+    return config.get("model", config), config.get("parts") or {}
 
 
 def infer_config(path, stored, prediction):
@@ -213,6 +217,25 @@ def index(path):
     if not stored:
         raise ValueError(f"{path} holds no tensors")
     return stored
+
+
+def index_parts(parts):
+    """{name in the model: Stored} of the files for parts of a model, {prefix in the model: {path, without}}: tensors whose
+    name in the file begins with `without` belong to something else."""
+    stored = {}
+    for prefix, part in parts.items():
+        without = part.get("without", "\0")
+        found = index(resolve_path(part["path"]))
+        stored |= {prefix + name: tensor for name, tensor in found.items() if not name.startswith(without)}
+    return stored
+
+
+def load_parts(model, parts):
+    """Copy the tensors of `parts` into a model that exists already, strictly."""
+    stored = index_parts(parts)
+    expected = {k: v for k, v in model.state_dict(keep_vars=True).items() if k.startswith(tuple(parts))}
+    files = ", ".join(part["path"] for part in parts.values())
+    model.load_state_dict({k: stored[name].read() for k, name in match(Path(files), stored, expected).items()}, strict=False)
 
 
 def index_safetensors(path):

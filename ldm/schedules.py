@@ -93,6 +93,10 @@ class DiffusionSchedule(Schedule):
             raise ValueError(f'spacing = {spacing!r}: known are "trailing" and "leading"')
         return [self.level(t) for t in times] + [CLEAN]
 
+    def random_times(self, n, generator):
+        """n times for training, [n] int64, uniform."""
+        return torch.randint(len(self), (n,), generator=generator)
+
     def add_noise(self, x0, t, noise):
         """x_t = alpha_t x_0 + sigma_t noise for training: integer times t [B], each sample its own. Returns (x_t, alpha, sigma),
         alpha and sigma of shape [B, 1, 1, ...] in x0's dtype."""
@@ -102,23 +106,36 @@ class DiffusionSchedule(Schedule):
 
 
 class FlowSchedule(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t for t in (0, 1].
+    """Rectified flow (Liu et al. 2023): sigma = t / scale, alpha = 1 - sigma, for t in (0, scale].
 
-    shift: s of Esser et al. 2024, t <- s t / (1 + (s - 1) t): more steps at high noise for large pictures.
+    shift  s of Esser et al. 2024, sigma <- s sigma / (1 + (s - 1) sigma): more steps at high noise for large pictures
+    scale  of the time as the network takes it: 1, or 1000 for networks with the time embedding of diffusion models
     """
 
-    def __init__(self, shift=1.0):
+    def __init__(self, shift=1.0, scale=1.0):
         self.shift = shift
+        self.scale = scale
 
     def level(self, t):
-        """The level at the time t in (0, 1]. Raises ValueError elsewhere."""
-        if not 0 < t <= 1:
-            raise ValueError(f"t = {t}: a rectified flow has the times 0 < t <= 1")
-        return Level(float(t), 1 - float(t), float(t))
+        """The level at the time t in (0, scale]. Raises ValueError elsewhere."""
+        if not 0 < t <= self.scale:
+            raise ValueError(f"t = {t}: this rectified flow has the times 0 < t <= {self.scale:g}")
+        sigma = float(t) / self.scale
+        return Level(float(t), 1 - sigma, sigma)
 
     def levels(self, steps):
         """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
         if int(steps) != steps or steps < 1:
             raise ValueError(f"steps = {steps}: give a positive integer")
-        times = (1 - i / steps for i in range(steps))
-        return [self.level(self.shift * t / (1 + (self.shift - 1) * t)) for t in times] + [CLEAN]
+        sigmas = (1 - i / steps for i in range(steps))
+        return [self.level(self.scale * (self.shift * s / (1 + (self.shift - 1) * s))) for s in sigmas] + [CLEAN]
+
+    def random_times(self, n, generator):
+        """n times for training, [n] float32: sigma is the sigmoid of a standard normal number (Esser et al. 2024)."""
+        return self.scale * torch.sigmoid(torch.randn(n, generator=generator))
+
+    def add_noise(self, x0, t, noise):
+        """x_t = alpha_t x_0 + sigma_t noise for training: times t [B], each sample its own. Returns (x_t, alpha, sigma), alpha
+        and sigma of shape [B, 1, 1, ...] in x0's dtype."""
+        sigma = (t / self.scale).to(x0).view(-1, *[1] * (x0.ndim - 1))
+        return (1 - sigma) * x0 + sigma * noise, 1 - sigma, sigma

@@ -22,8 +22,9 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ldm.checkpoints import save_weights
-from ldm.denoisers import PREDICTIONS, Denoiser
+from ldm.checkpoints import load_parts, save_weights
+from ldm.data.captioned import Encoded
+from ldm.denoisers import PREDICTIONS, Denoiser, LatentDenoiser
 from ldm.images import grid, save_image
 from ldm.newton_sampler import sample
 from ldm.util import instantiate_from_config, resolve_path
@@ -63,14 +64,14 @@ class DiffusionTraining(Training):
         super().__init__(model, **kwargs)
         self.max_weight = max_weight
 
-    def loss(self, x0, generator):
+    def loss(self, x0, generator, *conditions):
         ddpm = self.model
-        t = torch.randint(len(ddpm.schedule), x0.shape[:1], generator=generator).to(x0.device)
+        t = ddpm.schedule.random_times(len(x0), generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x_t, alpha, sigma = ddpm.schedule.add_noise(x0, t, noise)
         target = PREDICTIONS[ddpm.parameterization][1](x0, noise, alpha, sigma)
         weight = (sigma**-2).clamp_max(self.max_weight) if ddpm.parameterization == "x0" else 1.0
-        return (weight * (ddpm(x_t, t) - target).square()).mean()
+        return (weight * (ddpm(x_t, t, *conditions) - target).square()).mean()
 
     def training_step(self, batch, _):
         loss = self.loss(batch[0], self.generator(self.global_step))
@@ -85,6 +86,44 @@ class DiffusionTraining(Training):
             shape = (64, ddpm.channels, ddpm.image_size, ddpm.image_size)
             x0 = sample(D, None, shape, range(64), steps=20, device=self.device).x0
             save_image(grid(x0, 8), Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
+
+
+class TextToImageTraining(DiffusionTraining):
+    """The U-Net of a LatentDiffusion on latents and captions, both encoded in advance by its frozen parts; captions are left
+    out with the probability `drop`, for guidance (Ho & Salimans 2022)."""
+
+    def __init__(self, model, drop=0.1, prompts=("",), **kwargs):
+        super().__init__(model, **kwargs)
+        self.drop, self.prompts = drop, list(prompts)
+        model.first_stage_model.requires_grad_(False)
+        model.cond_stage_model.requires_grad_(False)
+
+    def prepare(self, dataset, train):
+        """The encoded dataset. The training set's latents set the scale_factor that brings them to unit variance."""
+        encoded = Encoded(dataset, lambda x: self.model.first_stage_model.encode(x).mode(), self.model.encode_prompts)
+        if train:
+            self.model.scale_factor.fill_(1 / encoded.latents.float().std())
+        encoded.latents *= self.model.scale_factor
+        with torch.no_grad():
+            self.empty = self.model.encode_prompts("")
+        return encoded
+
+    def training_step(self, batch, _):
+        z, tokens = batch
+        generator = self.generator(self.global_step)
+        dropped = torch.rand(len(z), 1, 1, generator=generator).to(z) < self.drop
+        loss = self.loss(z, generator, torch.where(dropped, self.empty.to(z), tokens))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, i):
+        self.log("val_loss", self.loss(batch[0], self.generator(-1 - i), batch[1]), prog_bar=True, sync_dist=True)
+        if i == 0 and self.trainer.is_global_zero:
+            model, n = self.model, len(self.prompts)
+            D = LatentDenoiser(model, self.prompts, guidance=3.0)
+            z = sample(D, None, (n, *batch[0].shape[1:]), range(n), steps=20, device=self.device).x_t
+            sheet = grid(model.decode(z).clamp(-1, 1), 8)
+            save_image(sheet, Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
 
 
 class AutoencoderTraining(Training):
@@ -189,10 +228,18 @@ def train(config, run, resume=True):
     pl.seed_everything(config["training"].get("params", {}).get("seed", 0))
     data, batch_size = config["data"], config.get("batch_size", 128)
     workers = {"num_workers": config.get("num_workers", 0), "drop_last": True}
-    loader = DataLoader(instantiate_from_config(data, train=True), batch_size, shuffle=True, **workers)
-    val = DataLoader(instantiate_from_config(data, train=False), batch_size, **workers)
+    if data.get("folder"):
+        data = {"target": "ldm.data.captioned.CaptionedFolder", "params": {"folder": data["folder"], "size": data.get("size", 64)}}
+    datasets = [instantiate_from_config(data, train=part) for part in (True, False)]
     model = instantiate_from_config(config["model"]).to(memory_format=torch.channels_last)
+    parts = config.get("parts") or {}
+    if parts:
+        load_parts(model, parts)
     task = instantiate_from_config(config["training"], model=model)
+    if hasattr(task, "prepare"):
+        datasets = [task.prepare(dataset, train) for dataset, train in zip(datasets, (True, False), strict=True)]
+    loader = DataLoader(datasets[0], batch_size, shuffle=True, **workers)
+    val = DataLoader(datasets[1], min(batch_size, len(datasets[1])), **workers)
 
     last = run / "last.ckpt"
     if resume and last.exists():
@@ -211,7 +258,7 @@ def train(config, run, resume=True):
     # EMAWeightAveraging has copied the averaged weights into the model by now.
     weights = run / "weights.safetensors"
     if trainer.is_global_zero:
-        save_weights(task.model, weights, torch.float16)
+        save_weights(task.model, weights, torch.float16, without=parts)
         print(f"{trainer.global_step} steps; averaged weights in {weights}")
     return weights
 

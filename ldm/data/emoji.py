@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.data.captioned import Captioned
 from ldm.images import from_uint8
 
 PACKAGES = {  # npm's name: (file, sha256)
@@ -38,7 +38,7 @@ TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": 
 SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
 
 
-class Emoji(Dataset):
+class Emoji(Captioned):
     """(picture [3, 64, 64] in [-1, 1], caption): 6,165 pictures; with train=False the 347 of the held-out names.
 
     root      folder that holds emoji/emoji.npz; FileNotFoundError says how to make it
@@ -60,18 +60,12 @@ class Emoji(Dataset):
         self.images = torch.from_numpy(images[chosen])  # [N, 3, 64, 64] uint8
         self.names, self.captions = names[chosen].tolist(), captions[chosen].tolist()
         self.styles = torch.from_numpy(styles[chosen])
-        self.groups = [[i] for i in range(len(chosen))]
-        if by_name:
-            groups = {}
-            for i, name in enumerate(self.names):
-                groups.setdefault(name, []).append(i)
-            self.groups = list(groups.values())
+        groups = {}
+        for i, name in enumerate(self.names):
+            groups.setdefault(name if by_name else i, []).append(i)
+        super().__init__(list(groups.values()))
 
-    def __len__(self):
-        return len(self.groups)
-
-    def __getitem__(self, i):
-        i = self.groups[i][torch.randint(len(self.groups[i]), ())]
+    def item(self, i):
         return from_uint8(self.images[i]), self.captions[i]
 
 

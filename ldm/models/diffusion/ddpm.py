@@ -6,7 +6,8 @@ Inference shells only. Training is in ldm/train.py, sampling in ldm/newton_sampl
 import torch
 from torch import nn
 
-from ldm.schedules import DiffusionSchedule, make_beta_schedule
+from ldm.denoisers import PREDICTIONS
+from ldm.schedules import DiffusionSchedule, FlowSchedule, make_beta_schedule
 from ldm.util import instantiate_from_config
 
 # What published configs carry for upstream's own training and logging, without meaning for the network.
@@ -29,10 +30,11 @@ class DiffusionWrapper(nn.Module):
 
 
 class DDPM(nn.Module):
-    """A denoising diffusion model on pixels (Ho et al. 2020).
+    """A denoising diffusion model on pixels (Ho et al. 2020), or a rectified flow (Liu et al. 2023).
 
-    parameterization: what the network predicts, "eps", "v" or "x0".
-    `schedule` (DiffusionSchedule, float64) is what all computations use; the buffers exist because checkpoints hold them.
+    parameterization: what the network predicts, "eps", "v" or "x0", or "velocity": then it is a flow with times up to
+    `timesteps`, and the betas mean nothing.
+    `schedule` (DiffusionSchedule or FlowSchedule) is what all computations use; the buffers exist because checkpoints hold them.
     """
 
     def __init__(
@@ -53,12 +55,15 @@ class DDPM(nn.Module):
             raise ValueError(f"unknown model parameters in the config: {', '.join(unknown)}")
         if training_keys.get("given_betas") is not None:
             raise ValueError("given_betas is not supported: give beta_schedule, linear_start and linear_end")
-        if parameterization not in ("eps", "v", "x0"):
-            raise ValueError(f'parameterization = {parameterization!r}: known are "eps", "v" and "x0"')
+        if parameterization not in PREDICTIONS:
+            raise ValueError(f"parameterization = {parameterization!r}: known are {', '.join(map(repr, PREDICTIONS))}")
         self.image_size = image_size
         self.channels = channels
         self.parameterization = parameterization
         self.model = DiffusionWrapper(unet_config)
+        if parameterization == "velocity":
+            self.schedule = FlowSchedule(scale=timesteps)
+            return
         with torch.device("cpu"):  # real numbers even where the weights are built on "meta", to be loaded later
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
             self.schedule = DiffusionSchedule(betas)

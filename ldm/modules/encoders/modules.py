@@ -14,6 +14,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.util import resolve_path
+
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 NO_VISION = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 1, "image_size": 1}  # built, and dropped
 
@@ -85,14 +87,15 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
 
     arch          an architecture's name in open_clip
     layer         "last" or "penultimate" (Stable Diffusion v2): after how many blocks the final norm is applied
-    text_config   values of its text tower that differ (width, heads, layers ...), for models of another size
+    text_config   values of its text tower that differ (width, heads, layers, vocab_size, embed_dim ...), for other sizes
+    vocabulary    path of a byte-pair vocabulary in CLIP's format instead of CLIP's own, relative to the repository if need be
     version, device and freeze are arguments of published configs; the device is the model's, the weights come from the
     checkpoint. The last block is kept where it is not used: published checkpoints hold it.
     """
 
     def __init__(self, arch="ViT-H-14", version=None, device=None, max_length=77, freeze=True, layer="last",
-                 text_config=None):  # fmt: skip
-        super().__init__(SimpleTokenizer(), max_length, pad=0)
+                 text_config=None, vocabulary=None):  # fmt: skip
+        super().__init__(SimpleTokenizer(*[str(resolve_path(vocabulary))] if vocabulary else []), max_length, pad=0)
         config = open_clip.get_model_config(arch)
         if config is None or "hf_model_name" in config["text_cfg"]:
             raise ValueError(f'arch = {arch!r}: open_clip has no text tower of this name; Stable Diffusion v2 has "ViT-H-14"')
@@ -100,7 +103,8 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
             raise ValueError(f'layer = {layer!r}: known are "last" and "penultimate"')
         self.skipped = 1 if layer == "penultimate" else 0
         text = config["text_cfg"] | {"context_length": max_length} | (text_config or {})
-        self.model = open_clip.CLIP(config["embed_dim"], NO_VISION, text, config.get("quick_gelu", False))
+        embed_dim = text.pop("embed_dim", config["embed_dim"])
+        self.model = open_clip.CLIP(embed_dim, NO_VISION, text, config.get("quick_gelu", False))
         del self.model.visual
         mask = torch.full((max_length, max_length), float("-inf"), device="cpu").triu(1)  # causal; never on "meta"
         self.model.register_buffer("attn_mask", mask, persistent=False)
