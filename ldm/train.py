@@ -10,6 +10,7 @@ float16. The same command after a kill resumes from the last checkpoint.
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -208,6 +209,26 @@ class ClassifierTraining(Training):
         self.log("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
 
 
+class Batches:
+    """The endless sequence of training batches, each a list of indices that depends on its step alone: a resumed run goes on
+    with the batches that an uninterrupted one would have had. Random draws inside the dataset follow them, without workers.
+    Of several processes each gets its own part of an epoch."""
+
+    def __init__(self, n, batch_size, seed, start=0, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.start, self.rank, self.world = n, batch_size, seed, start, rank, world
+        if n // world < batch_size:
+            raise ValueError(f"batch_size = {batch_size}, but the dataset has {n} items for {world} process(es): give less")
+
+    def __iter__(self):
+        per_epoch = self.n // self.world // self.batch_size
+        for step in itertools.count(self.start):
+            epoch, i = divmod(step, per_epoch)
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            torch.manual_seed((self.seed * self.world + self.rank) * 10_000_019 + step)
+            own = order[self.rank :: self.world]
+            yield own[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a yaml file under configs/")
@@ -225,9 +246,9 @@ def main(argv=None):
 def train(config, run, resume=True):
     """Train what `config` (a dict) describes; everything is written below the folder `run`. Returns the path of the weights."""
     run = Path(run)
-    pl.seed_everything(config["training"].get("params", {}).get("seed", 0))
-    data, batch_size = config["data"], config.get("batch_size", 128)
-    workers = {"num_workers": config.get("num_workers", 0), "drop_last": True}
+    seed = config["training"].get("params", {}).get("seed", 0)
+    pl.seed_everything(seed)
+    data, batch_size, workers = config["data"], config.get("batch_size", 128), config.get("num_workers", 0)
     if data.get("folder"):
         data = {"target": "ldm.data.captioned.CaptionedFolder", "params": {"folder": data["folder"], "size": data.get("size", 64)}}
     datasets = [instantiate_from_config(data, train=part) for part in (True, False)]
@@ -238,12 +259,10 @@ def train(config, run, resume=True):
     task = instantiate_from_config(config["training"], model=model)
     if hasattr(task, "prepare"):
         datasets = [task.prepare(dataset, train) for dataset, train in zip(datasets, (True, False), strict=True)]
-    loader = DataLoader(datasets[0], batch_size, shuffle=True, **workers)
-    val = DataLoader(datasets[1], min(batch_size, len(datasets[1])), **workers)
-
-    last = run / "last.ckpt"
+    last, start = run / "last.ckpt", 0
     if resume and last.exists():
-        print(f"resuming from {last} (--fresh starts anew)")
+        start = torch.load(last, map_location="meta", weights_only=True)["global_step"]
+        print(f"resuming from {last}, step {start} (--fresh starts anew)")
     callbacks = [
         ModelCheckpoint(run, filename="{step}", every_n_train_steps=config.get("checkpoint_every", 250), save_last=True,
                         enable_version_counter=False, save_on_exception=True),
@@ -252,8 +271,12 @@ def train(config, run, resume=True):
     ]  # fmt: skip
     trainer = pl.Trainer(
         default_root_dir=run, callbacks=callbacks, logger=CSVLogger(run, name="metrics"),
-        **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, **config["trainer"]},
+        **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, "check_val_every_n_epoch": None,
+           "use_distributed_sampler": False, **config["trainer"]},
     )  # fmt: skip
+    batches = Batches(len(datasets[0]), batch_size, seed, start, trainer.global_rank, trainer.world_size)
+    loader = DataLoader(datasets[0], batch_sampler=batches, num_workers=workers)
+    val = DataLoader(datasets[1], min(batch_size, len(datasets[1])), num_workers=workers, drop_last=True)
     trainer.fit(task, loader, val, ckpt_path=last if resume and last.exists() else None, weights_only=True)
     # EMAWeightAveraging has copied the averaged weights into the model by now.
     weights = run / "weights.safetensors"

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from ldm.checkpoints import load_model
 from ldm.models.classifier import DigitClassifier
-from ldm.train import train
+from ldm.train import Batches, DiffusionTraining, train
 from ldm.util import get_obj_from_str, instantiate_from_config, resolve_device
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def small_config(steps, batch_size=20):
         model=dict(target="ldm.models.diffusion.ddpm.DDPM", params=model), data=dict(target="test_train.Digits"),
         training=dict(target="ldm.train.DiffusionTraining", params=dict(lr=0.002, warmup=5)),
         batch_size=batch_size, checkpoint_every=4,
-        trainer=dict(max_steps=steps, accelerator="cpu", check_val_every_n_epoch=4, limit_val_batches=1, log_every_n_steps=1,
+        trainer=dict(max_steps=steps, accelerator="cpu", val_check_interval=20, limit_val_batches=1, log_every_n_steps=1,
                      enable_progress_bar=False, enable_model_summary=False))  # fmt: skip
 
 
@@ -67,6 +68,35 @@ def test_training_learns_writes_and_resumes(tmp_path, capsys):
     assert all(v.dtype == torch.float16 for v in load_file(weights).values())
     with torch.no_grad():
         assert torch.isfinite(model(torch.randn(2, 1, 32, 32), torch.tensor([1, 900]))).all()
+
+
+def test_resuming_is_bit_equal(tmp_path, monkeypatch):
+    """A training that dies in its tenth step: weights and losses as without the interruption."""
+    config = small_config(12)
+    straight = load_file(train(config, tmp_path / "straight"))
+    step = DiffusionTraining.training_step
+
+    def dying(self, batch, i):
+        if self.global_step == 9:
+            raise MemoryError("killed")
+        return step(self, batch, i)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(DiffusionTraining, "training_step", dying)
+        train(config, tmp_path / "run")
+    resumed = load_file(train(config, tmp_path / "run"))
+    assert all(torch.equal(resumed[k], v) for k, v in straight.items())
+    assert losses(tmp_path / "run")[-3:] == losses(tmp_path / "straight")[-3:]
+
+
+def test_batches_depend_on_their_step_alone():
+    take = lambda **kwargs: list(itertools.islice(Batches(10, 3, seed=1, **kwargs), 6))  # noqa: E731
+    assert take()[2:5] == take(start=2)[:3]
+    assert sorted(sum(take()[:3], [])) == sorted(set(sum(take()[:3], []))) and take()[:3] != take()[3:6]
+    two = [list(itertools.islice(Batches(10, 3, 1, rank=r, world=2), 1))[0] for r in (0, 1)]
+    assert not set(two[0]) & set(two[1])
+    with pytest.raises(ValueError, match="batch_size = 8, but the dataset has 10 items for 2"):
+        Batches(10, 8, 1, world=2)
 
 
 def test_one_step_of_every_committed_config_lowers_its_loss():
