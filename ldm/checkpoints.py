@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS
-from ldm.util import ROOT, instantiate_from_config, resolve_device, resolve_path
+from ldm.util import ROOT, instantiate_from_config, load_config, resolve_device, resolve_path
 
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
@@ -126,9 +126,7 @@ def read_config(config):
     """(the node {target, params}, the parts) of a config: a yaml file's path, a dict or an OmegaConf; `model` may stand above
     the node, and `parts` beside `model`."""
     if isinstance(config, (str, Path)):
-        if not Path(config).is_file():
-            raise FileNotFoundError(f"config {config}: there is no such file")
-        config = OmegaConf.load(config)
+        config = load_config(config)
     config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     return config.get("model", config), config.get("parts") or {}
 

@@ -28,7 +28,7 @@ from ldm.data.captioned import Encoded
 from ldm.denoisers import PREDICTIONS, Denoiser, LatentDenoiser
 from ldm.images import grid, save_image
 from ldm.newton_sampler import sample
-from ldm.util import instantiate_from_config, resolve_path
+from ldm.util import instantiate_from_config, load_config, resolve_path
 
 
 class Training(pl.LightningModule):
@@ -238,7 +238,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.config.is_file():
         parser.error(f"--config {args.config}: no such file")
-    config = OmegaConf.merge(OmegaConf.load(args.config), OmegaConf.from_dotlist(args.overrides))
+    config = OmegaConf.merge(load_config(args.config), OmegaConf.from_dotlist(args.overrides))
     run = Path("runs") / (args.name or "_".join(args.config.with_suffix("").parts[-2:]))
     train(OmegaConf.to_container(config, resolve=True), run, resume=not args.fresh)
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
@@ -16,6 +17,16 @@ def resolve_path(path):
         if candidate.exists():
             return candidate
     raise FileNotFoundError(f"{path}: there is no such file, here or in {ROOT}")
+
+
+def load_config(path):
+    """A yaml file as an OmegaConf. With `base: other.yaml` in it (relative to the file) it is that config, with its own values
+    in their places. FileNotFoundError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path}: there is no such file")
+    config = OmegaConf.load(path)
+    return OmegaConf.merge(load_config(path.parent / config.pop("base")), config) if "base" in config else config
 
 
 def get_obj_from_str(string):

@@ -11,6 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from test_latent_diffusion import randomised, reference
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.data.emoji import write_vocabulary
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 
 SMALL_CLIP = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4)
@@ -180,3 +181,19 @@ def test_unknown_encoders_are_refused():
         FrozenOpenCLIPEmbedder("ViT-Z-99")
     with pytest.raises(ValueError, match="layer = 'first'"):
         FrozenOpenCLIPEmbedder(layer="first")
+
+
+def test_a_vocabulary_of_its_own(tmp_path):
+    """The part of CLIP's vocabulary that a text uses cuts that text in the same way; any other text still has tokens."""
+    captions = ["a smiling cat face", "soccer ball"]
+    write_vocabulary(captions, tmp_path / "bpe.txt.gz")
+    small = FrozenOpenCLIPEmbedder(vocabulary=tmp_path / "bpe.txt.gz", text_config={**SMALL_OPEN_CLIP, "vocab_size": 700})
+    whole = SimpleTokenizer()
+    for caption in captions:
+        pieces = [small.tokenizer.decoder[i] for i in small.tokenizer.encode(caption)]
+        assert pieces == [whole.decoder[i] for i in whole.encode(caption)]
+    ids = small.tokenize(captions + ["Żółć 😀"])
+    assert ids.max() == small.tokenizer.vocab_size - 1 == ids[0].max() and small.tokenizer.vocab_size < 700
+    assert small.encode(["", "Żółć 😀"]).isfinite().all()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.gz"):
+        FrozenOpenCLIPEmbedder(vocabulary="nowhere.gz")

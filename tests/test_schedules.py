@@ -115,3 +115,18 @@ def test_levels_go_down_to_the_clean_end(schedule):
 def test_bad_input_is_one_clear_sentence(schedule, call, message):
     with pytest.raises(ValueError, match=message):
         call(schedule)
+
+
+def test_a_flow_s_time_may_have_another_scale():
+    one, thousand = FlowSchedule(shift=2.0), FlowSchedule(shift=2.0, scale=1000)
+    for a, b in zip(one.levels(7)[:-1], thousand.levels(7)[:-1], strict=True):
+        assert b.t == pytest.approx(1000 * a.t) and b[1:] == pytest.approx(a[1:])
+    t = thousand.random_times(1000, torch.Generator().manual_seed(0))
+    assert 0 < t.min() and t.max() < 1000 and abs(t.median() - 500) < 50
+    x0, noise = torch.randn(2, 1000, 3, 4)
+    x_t, alpha, sigma = thousand.add_noise(x0, t, noise)
+    now = thousand.level(t[5].item())
+    assert alpha.shape == (1000, 1, 1) and alpha[5].item() == pytest.approx(now.alpha, abs=1e-6)
+    torch.testing.assert_close(x_t[5], now.alpha * x0[5] + now.sigma * noise[5])
+    with pytest.raises(ValueError, match="0 < t <= 1000"):
+        thousand.level(1001)

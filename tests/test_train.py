@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.checkpoints import load_model
 from ldm.models.classifier import DigitClassifier
 from ldm.train import Batches, DiffusionTraining, train
-from ldm.util import get_obj_from_str, instantiate_from_config, resolve_device
+from ldm.util import get_obj_from_str, instantiate_from_config, load_config, resolve_device
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,7 +102,6 @@ def test_batches_depend_on_their_step_alone():
 
 def test_one_step_of_every_committed_config_lowers_its_loss():
     """On a fixed batch: the same random numbers before and after one optimiser step."""
-    from omegaconf import OmegaConf
 
     for path in sorted((ROOT / "configs" / "mnist").glob("*.yaml")):
         if path.stem == "authors-22m":
@@ -164,3 +164,36 @@ def test_the_card_s_figures_are_those_measured():
     card, quality = (folder / "README.md").read_text(), json.loads((folder / "quality.json").read_text())
     for key in ("top_probability_at_least_0.9", "classifier_test_accuracy"):
         assert f"{100 * quality[key]:.1f} %" in card
+
+
+def test_a_config_may_stand_on_another():
+    base, flow = (load_config(ROOT / f"configs/tiny/{name}.yaml") for name in ("unet", "flow"))
+    assert flow.model.params.parameterization == "velocity" and "base" not in flow
+    flow.model.params.parameterization = "eps"
+    assert flow == base
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "unet", "flow"])
+def test_the_tiny_configs_train(name, monkeypatch):
+    """One optimiser step lowers the loss of a fixed batch, the same random numbers before and after."""
+    config = OmegaConf.to_container(load_config(ROOT / f"configs/tiny/{name}.yaml"))
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    task = instantiate_from_config(config["training"], model=instantiate_from_config(config["model"]))
+    captions = ["red apple", "soccer ball", "dog face", "tiger"]
+    if name in ("unet", "flow"):
+        assert sum(p.numel() for p in task.model.model.parameters()) < 6e6
+        task.empty = task.model.encode_prompts("")
+        batch = torch.randn(4, 4, 16, 16), task.model.encode_prompts(captions)
+    else:
+        batch = torch.rand(4, 3, 64, 64) * 2 - 1, captions
+    task.log = lambda *args, **kwargs: None
+    task.eval()
+    task._trainer = type("Trainer", (), {"global_step": 0, "global_rank": 0})()
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-4)
+    before = task.training_step(batch, 0)
+    before.backward()
+    optimizer.step()
+    assert task.training_step(batch, 0) < before
