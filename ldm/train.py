@@ -3,10 +3,14 @@
     python -m ldm.train --config configs/mnist/unet.yaml [key=value ...]
 
 A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (one of the tasks
-below) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). Any of their values can be set
-on the command line, for example trainer.max_time=00:01:00:00. Everything is written to runs/<name>/: checkpoints, metrics
-(one version_N/metrics.csv for each start), sample sheets, and at the end weights.safetensors, the averaged weights in
-float16. The same command after a kill resumes from the last checkpoint.
+below) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...); and perhaps `parts`, the files of
+those parts of the model that were trained before. Any value can be set on the command line:
+
+    trainer.max_time=00:01:00:00   a time budget of an hour, after which it saves and ends
+    data.folder=/path              your own captioned pictures (ldm/data/captioned.py) instead of the config's
+
+Everything is written to runs/<name>/: checkpoints, metrics (one version_N/metrics.csv for each start), sample sheets, and at the
+end weights.safetensors, the averaged weights in float16. The same command after a kill resumes from the last checkpoint.
 """
 
 import argparse
@@ -263,6 +267,7 @@ def train(config, run, resume=True):
     if resume and last.exists():
         start = torch.load(last, map_location="meta", weights_only=True)["global_step"]
         print(f"resuming from {last}, step {start} (--fresh starts anew)")
+        start *= config["trainer"].get("accumulate_grad_batches", 1)  # steps -> batches
     callbacks = [
         ModelCheckpoint(run, filename="{step}", every_n_train_steps=config.get("checkpoint_every", 250), save_last=True,
                         enable_version_counter=False, save_on_exception=True),
