@@ -5,13 +5,14 @@
 #   make lint         ruff, notebooks included
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
 #   make data-emoji   fetch and prepare the captioned pictures for configs/tiny, into data/
+#   make train-tiny   train the four tiny models one after the other, into runs/ and checkpoints/tiny/
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 # Notebooks draw inline: a backend that the user has set would take the figures out of them.
 unexport MPLBACKEND
 
-.PHONY: demo test lab lint train-mnist data-emoji
+.PHONY: demo test lab lint train-mnist data-emoji train-tiny
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.txt constraints.txt pyproject.toml
@@ -42,3 +43,10 @@ train-mnist: $(READY)
 
 data-emoji: $(READY)
 	@$(BIN)/python -m ldm.data.emoji
+
+train-tiny: data-emoji
+	@mkdir -p checkpoints/tiny
+	@for model in autoencoder clip unet flow; do \
+		$(BIN)/python -m ldm.train --config configs/tiny/$$model.yaml && \
+		cp runs/tiny_$$model/weights.safetensors checkpoints/tiny/$$model.safetensors || exit 1; \
+	done
