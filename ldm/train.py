@@ -59,15 +59,7 @@ class Training(pl.LightningModule):
 
 
 class DiffusionTraining(Training):
-    """Ho et al. 2020, eq. 14: the network's prediction at a random time, mean squared error.
-
-    max_weight: of x0-prediction, whose squared error is weighted by min(1 / sigma^2, max_weight): the loss of v-prediction
-    (Salimans & Ho 2022), but bounded where there is little noise.
-    """
-
-    def __init__(self, model, max_weight=5.0, **kwargs):
-        super().__init__(model, **kwargs)
-        self.max_weight = max_weight
+    """Ho et al. 2020, eq. 14: the network's prediction at a random time, mean squared error."""
 
     def loss(self, x0, generator, *conditions):
         ddpm = self.model
@@ -75,8 +67,7 @@ class DiffusionTraining(Training):
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x_t, alpha, sigma = ddpm.schedule.add_noise(x0, t, noise)
         target = PREDICTIONS[ddpm.parameterization][1](x0, noise, alpha, sigma)
-        weight = (sigma**-2).clamp_max(self.max_weight) if ddpm.parameterization == "x0" else 1.0
-        return (weight * (ddpm(x_t, t, *conditions) - target).square()).mean()
+        return F.mse_loss(ddpm(x_t, t, *conditions), target)
 
     def training_step(self, batch, _):
         loss = self.loss(batch[0], self.generator(self.global_step))

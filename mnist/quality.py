@@ -1,6 +1,6 @@
 """Quality of an MNIST model's unconditional samples, as its card reports it:
 
-    python mnist/quality.py [--model mnist] [--samples 1000] [--steps 50] [--out checkpoints/mnist]
+    python mnist/quality.py [--model mnist] [--samples 1000] [--steps 50] [--eta 0] [--out checkpoints/mnist]
 
 A classifier (shipped, trained by configs/mnist/classifier.yaml) judges the samples; kernel distances (KID) are in its
 features, to the 10,000 test digits, beside those of as many training digits. Needs the MNIST data. Writes quality.json and
@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--data", default="data", help="folder of the MNIST files")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic, 1: ancestral noise")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/mnist"))
@@ -50,7 +51,7 @@ def main():
     seeds = list(range(args.samples))
     batches = [seeds[i : i + args.batch] for i in range(0, args.samples, args.batch)]
     samples = torch.cat([
-        sample(D, None, (len(b), 1, 32, 32), b, steps=args.steps, device=device).x_t.cpu()
+        sample(D, None, (len(b), 1, 32, 32), b, steps=args.steps, eta=args.eta, device=device).x_t.cpu()
         for b in tqdm(batches, desc=f"{args.steps}-step DDIM")
     ])  # fmt: skip
 
@@ -63,6 +64,7 @@ def main():
     quality = {
         "samples": args.samples,
         "ddim_steps": args.steps,
+        "eta": args.eta,
         "classifier_test_accuracy": round((p_test.argmax(1) == test.labels).float().mean().item(), 4),
         "top_probability_at_least_0.9": round((p.amax(1) >= 0.9).float().mean().item(), 4),
         "test_digits_top_probability_at_least_0.9": round((p_test.amax(1) >= 0.9).float().mean().item(), 4),
