@@ -28,13 +28,13 @@ def task(name, images):
 
 @pytest.mark.parametrize("name", ["half", "hole", "super-resolution"])
 def test_the_paper_s_loop_meets_the_constraint(D, name):
-    """220 evaluations: the residual ends below 12 % of where it starts (7.7, 9.0 and 5.0 % were measured: the last steps' fixed
-    length, not their direction, keeps it from falling further)."""
+    """220 evaluations: the residual ends below 8 % of where it starts (3.9, 5.9 and 5.1 % were measured: the fixed length of the
+    steps, not their direction, keeps it from falling further)."""
     images, _ = sample_digits(range(10), each=1)
     constraint = task(name, images)
     start = constraint(D(seeded_noise(images.shape, range(10))(), 999))[1].mean()
-    state = sample(D, constraint, images.shape, range(10))
-    assert state.nfe == 220 and state.residual.mean() < 0.12 * start
+    state = sample(D, constraint, images.shape, range(10), lr=0.1)
+    assert state.nfe == 220 and state.residual.mean() < 0.08 * start
 
 
 def test_the_judge_recognises_test_digits_and_samples():
