@@ -20,19 +20,24 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from ldm.util import instantiate_from_config, resolve_device
+from ldm.util import ROOT, instantiate_from_config, load_config, resolve_device
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def on_meta(quick):
+    """The U-Net of Stable Diffusion v1, or a tenth as wide, without memory."""
+    config = load_config(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params.unet_config
+    if quick:
+        config.params.model_channels = 32
+    with torch.device("meta"):
+        return instantiate_from_config(OmegaConf.to_container(config))
 
 
 def build(library, dtype, device, quick):
     """The U-Net (x [B, 4, H, W], t [B], context [B, 77, 768]) -> [B, 4, H, W] of `library` with weights from seed 0."""
-    config = OmegaConf.load(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params.unet_config
-    if quick:
-        config.params.model_channels = 32
-    with torch.device("meta"):
-        ours = instantiate_from_config(OmegaConf.to_container(config))
+    ours = on_meta(quick)
+    width = ours.model_channels
     ours = ours.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, p in ours.named_parameters():
@@ -46,7 +51,6 @@ def build(library, dtype, device, quick):
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    width = config.params.model_channels
     with torch.device("meta"):
         theirs = UNet2DConditionModel(block_out_channels=(width, 2 * width, 4 * width, 4 * width), cross_attention_dim=768,
                                       attention_head_dim=8, layers_per_block=2)  # fmt: skip
@@ -103,14 +107,12 @@ def measure(case):
 
     run = {"forward": forward, "with backward": with_backward}[case["mode"]]
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    memory = None if case["compile"] else PeakMemory(device)
-    out = run()  # warm-up; of a compiled network, the compilation
-    sync()
-    peak = memory() if memory else None
     if case["compile"]:
-        memory = PeakMemory(device)
-        run()
-        peak = memory()
+        run()  # the compilation's memory is not the network's
+    memory = PeakMemory(device)
+    out = run()  # also the warm-up
+    sync()
+    peak = memory()
     seconds = []
     for _ in range(case["repeats"]):
         start = time.perf_counter()
@@ -118,14 +120,6 @@ def measure(case):
         sync()
         seconds.append(time.perf_counter() - start)
     print("RESULT", json.dumps({"seconds": min(seconds), "MiB": peak, "checksum": out.float().std().item()}))
-
-
-def weights_mib(quick):
-    config = OmegaConf.load(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params.unet_config
-    if quick:
-        config.params.model_channels = 32
-    with torch.device("meta"):
-        return sum(p.numel() for p in instantiate_from_config(OmegaConf.to_container(config)).parameters()) / 2**20
 
 
 def main():
@@ -143,6 +137,8 @@ def main():
 
     device = resolve_device(args.device)
     gpu = device.type == "cuda"
+    if not gpu and not Path("/proc/self/clear_refs").exists():
+        parser.error(f"--device {args.device}: without CUDA, peak memory is measured on Linux only")
     common = {"device": device.type, "quick": args.quick, "batch": args.batch, "size": 32 if args.quick else 64,
               "repeats": args.repeats or (20 if gpu else 2)}  # fmt: skip
     kinds = [("fp32", False), ("bf16", False), ("bf16", True)] if gpu else [("fp32", False)]
@@ -189,7 +185,7 @@ def report(best, kinds, quick):
                             f"{it['MiB']:.0f} | {ours['MiB'] / it['MiB']:.2f} |")  # fmt: skip
     for dtype, compiled in kinds:
         forward, backward = (best[dtype, compiled, mode, "ours"] for mode in ("forward", "with backward"))
-        weights = weights_mib(quick) * DTYPES[dtype].itemsize
+        weights = sum(p.numel() for p in on_meta(quick).parameters()) * DTYPES[dtype].itemsize / 2**20
         kind = dtype + (", compiled" if compiled else "")
         rows.append(f"\nForward only / with backward ({kind}): time {forward['seconds'] / backward['seconds']:.2f}, memory above "
                     f"the weights {forward['MiB'] / backward['MiB']:.2f}, memory with the weights "

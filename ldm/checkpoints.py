@@ -91,12 +91,12 @@ def load_model(source, config=None, device="auto", dtype=None, prediction=None):
 
     tensors = {}
     for name, name_in_file in tqdm(names.items(), f"loading {path.name}", unit=" tensors", delay=1, leave=False):
-        own, source = expected[name], stored[name_in_file].read()
+        own, value = expected[name], stored[name_in_file].read()
         to = dtype if isinstance(own, nn.Parameter) else own.dtype
-        if to.is_floating_point and not all(abs(x) <= torch.finfo(to).max for x in torch.aminmax(source)):
+        if to.is_floating_point and not all(abs(x) <= torch.finfo(to).max for x in torch.aminmax(value)):
             raise ValueError(f"{path}: the tensor {name_in_file} holds NaN or infinity (as {to})")
         layout = torch.channels_last if own.ndim == 4 else torch.preserve_format
-        tensors[name] = source.to(device=device, dtype=to, copy=True, memory_format=layout)
+        tensors[name] = value.to(device=device, dtype=to, copy=True, memory_format=layout)
     model.load_state_dict(tensors, strict=False, assign=True)  # `match` was strict
     if "scale_factor" in stored and "scale_factor" not in expected:
         model.scale_factor = stored["scale_factor"].read().item()
@@ -222,7 +222,7 @@ def index_parts(parts):
     name in the file begins with `without` belong to something else."""
     stored = {}
     for prefix, part in parts.items():
-        without = part.get("without", "\0")
+        without = (part["without"],) if "without" in part else ()
         found = index(resolve_path(part["path"]))
         stored |= {prefix + name: tensor for name, tensor in found.items() if not name.startswith(without)}
     return stored

@@ -21,7 +21,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from open_clip.tokenizer import SimpleTokenizer
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
@@ -31,8 +30,9 @@ from ldm.checkpoints import load_parts, save_weights
 from ldm.data.captioned import Encoded
 from ldm.denoisers import PREDICTIONS, Denoiser, LatentDenoiser
 from ldm.images import grid, save_image
+from ldm.modules.encoders.modules import bpe_tokenizer
 from ldm.newton_sampler import sample
-from ldm.util import instantiate_from_config, load_config, resolve_path
+from ldm.util import instantiate_from_config, load_config
 
 
 class Training(pl.LightningModule):
@@ -156,11 +156,10 @@ class ClipTraining(Training):
 
     def __init__(self, model, vocabulary=None, **kwargs):
         super().__init__(model, **kwargs)
-        whole = () if vocabulary is None else (str(resolve_path(vocabulary)),)
-        self.tokenizer = SimpleTokenizer(*whole, context_length=model.context_length)
+        self.tokenizer = bpe_tokenizer(vocabulary)
 
     def loss(self, images, captions):
-        ids = self.tokenizer(list(captions)).to(images.device)
+        ids = self.tokenizer(list(captions), self.model.context_length).to(images.device)
         of_image, of_text, scale = self.model(images, ids)
         logits, own = scale * of_image @ of_text.T, torch.arange(len(ids), device=images.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, logits

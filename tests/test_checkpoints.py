@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import ROOT, randomised, reference
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import load_file, save_file
-from test_latent_diffusion import ROOT, X_T, randomised, reference, tiny_config
+from test_latent_diffusion import X_T, tiny_config
 
 from ldm import checkpoints
 from ldm.checkpoints import infer_config, load_model, save_weights

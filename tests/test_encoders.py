@@ -7,8 +7,8 @@ import warnings
 import open_clip
 import pytest
 import torch
+from common import randomised, reference
 from open_clip.tokenizer import SimpleTokenizer
-from test_latent_diffusion import randomised, reference
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.data.emoji import write_vocabulary

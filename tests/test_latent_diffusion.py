@@ -2,11 +2,11 @@
 
 import re
 import time
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from common import ROOT, randomised, reference
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from omegaconf import OmegaConf
 
@@ -14,7 +14,6 @@ from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.newton_sampler import jvp, newton_sampler
 from ldm.util import instantiate_from_config
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/stable-diffusion"
 WIDTH = 32
 TINY_TEXT = {"text_config": dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4)}
@@ -94,12 +93,6 @@ model:
 """
 
 
-def reference():
-    lines = (Path(__file__).parent / "data/sd-v1-state-dict.tsv").read_text().splitlines()
-    rows = (line.split("\t") for line in lines if not line.startswith("#"))
-    return {name: [int(n) for n in shape.split("x")] for name, shape in rows}
-
-
 def published(name):
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / name))["model"]
 
@@ -121,16 +114,6 @@ def tiny_config(**params):
     config["params"]["cond_stage_config"]["params"] = TINY_TEXT
     config["params"] |= params
     return config
-
-
-def randomised(model, seed=0):
-    """Every weight random, the zero-initialised ones too, at a scale that keeps activations of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        scale = 0.1 if p.ndim < 2 else (p[0].numel() or 1) ** -0.5
-        p.data = noise * scale + (1.0 if p.ndim == 1 and name.endswith("weight") else 0.0)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

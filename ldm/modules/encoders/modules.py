@@ -95,7 +95,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
 
     def __init__(self, arch="ViT-H-14", version=None, device=None, max_length=77, freeze=True, layer="last",
                  text_config=None, vocabulary=None):  # fmt: skip
-        super().__init__(SimpleTokenizer(*[str(resolve_path(vocabulary))] if vocabulary else []), max_length, pad=0)
+        super().__init__(bpe_tokenizer(vocabulary), max_length, pad=0)
         config = open_clip.get_model_config(arch)
         if config is None or "hf_model_name" in config["text_cfg"]:
             raise ValueError(f'arch = {arch!r}: open_clip has no text tower of this name; Stable Diffusion v2 has "ViT-H-14"')
@@ -119,11 +119,16 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         return clip.ln_final(x).float()
 
 
+def bpe_tokenizer(vocabulary=None):
+    """open_clip's tokenizer with its own vocabulary or one in the same format, by its path."""
+    return SimpleTokenizer() if vocabulary is None else SimpleTokenizer(str(resolve_path(vocabulary)))
+
+
 @cache
 def transformers_tokenizer():
     """open_clip's tokenizer, with strings cleaned as transformers' CLIPTokenizer does (which Stable Diffusion v1 used):
     composed (NFC) and in lower case, without open_clip's repair of HTML entities and typographic quotes."""
-    tokenizer = SimpleTokenizer()
+    tokenizer = bpe_tokenizer()
     # Letter by letter: str.lower() of a whole word would make another letter of a final Greek sigma.
     tokenizer.clean_fn = lambda text: "".join(c.lower() for c in unicodedata.normalize("NFC", text))
     return tokenizer
