@@ -28,6 +28,10 @@ from ldm.util import ROOT, instantiate_from_config, load_config, resolve_device,
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
     "mnist-classifier": ("configs/mnist/classifier.yaml", "checkpoints/mnist/classifier.safetensors"),
+    "tiny": ("configs/tiny/unet.yaml", "checkpoints/tiny/unet.safetensors"),
+    "tiny-flow": ("configs/tiny/flow.yaml", "checkpoints/tiny/flow.safetensors"),
+    "tiny-autoencoder": ("configs/tiny/autoencoder.yaml", "checkpoints/tiny/autoencoder.safetensors"),
+    "tiny-clip": ("configs/tiny/clip.yaml", "checkpoints/tiny/clip.safetensors"),
 }
 # What a file may hold without being loaded, or lack: what the model computes itself, and what only training needs.
 RECOMPUTED = re.compile(rf"{'|'.join(SCHEDULE_BUFFERS)}|(.*\.)?position_ids")
@@ -57,10 +61,11 @@ def save_weights(model, path, dtype, without=()):
     temporary.replace(path)
 
 
-def load_model(source, config=None, device="auto", dtype=None, prediction=None):
+def load_model(source="tiny", config=None, device="auto", dtype=None, prediction=None):
     """A pre-trained model: in eval mode, without gradients, its 4-D weights channels-last.
 
-    source      a shipped model (a key of SHIPPED) or the path of a .ckpt or .safetensors file
+    source      a shipped model (a key of SHIPPED; "tiny" is a small text-to-image model of the kind of Stable Diffusion)
+                or the path of a .ckpt or .safetensors file
     config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or
                 found out from the file's tensors (Stable Diffusion v1 and v2). Its `parts` name files for those parts
                 of the model that the source itself does not hold

@@ -1,12 +1,16 @@
 """Constraints: callables x0 [B, ...] -> (e, residual), the error direction in x0 space and one number per sample [B].
 
 `e` has x0's shape and points to where the constraint wants x0 to go; its length does not matter to the paper's loop. `residual`
-is a root mean square over what is measured.
+is a root mean square over what is measured, or the loss itself. The denoiser is never differentiated; where a constraint looks
+at decoded pictures, the gradient of the *decoder* is taken (`DecodedConstraint`, `LossConstraint`) or not even that
+(`EncoderConstraint`).
 """
 
 import torch
 
 from ldm.images import check_image
+from ldm.inpainting import check_mask, harmonic_fill, latent_mask
+from ldm.newton_sampler import max_norm, unit
 from ldm.operators import Mask
 
 
@@ -23,8 +27,16 @@ class LinearConstraint:
         self.measured = A.measured(torch.ones_like(y)).flatten(1).sum(1).clamp_min(1)  # [B] values per sample
 
     def __call__(self, x0):
-        r = self.A.measured(self.y) - self.A(x0)
-        return self.A.adjoint(r), (r.flatten(1).square().sum(1) / self.measured).sqrt()
+        r = self.residual(x0)
+        return self.A.adjoint(r), self.rms(r)
+
+    def residual(self, x):
+        """r = y - A x."""
+        return self.A.measured(self.y) - self.A(x)
+
+    def rms(self, r):
+        """Root mean square of r [B, ...] over what is measured. [B]"""
+        return (r.flatten(1).square().sum(1) / self.measured).sqrt()
 
 
 def inpainting(image, mask):
@@ -34,3 +46,101 @@ def inpainting(image, mask):
     """
     A = Mask(mask)
     return LinearConstraint(A, A(check_image(image)))
+
+
+def latent_inpainting(model, image, mask, whole=False):
+    """Inpainting in the latent space of a LatentDiffusion:  e = M * (Enc(image) - x0).
+
+    image [B, 3, H, W] in [-1, 1], mask [B or 1, 1, H, W], H and W as the model takes them (ldm/inpainting.py: fit). A latent pixel
+    is known where all of its pixels are. The encoder sees the hole filled with the smooth continuation of what is around
+    it, since anything else bleeds into the known latents; whole=True: the picture as it is, where that is known.
+    """
+    mask = check_mask(mask.to(check_image(image)))
+    with torch.inference_mode(False), torch.no_grad():
+        z = model.encode(image if whole else harmonic_fill(image, mask))
+    A = Mask(latent_mask(mask, image.shape[3] // z.shape[3]))
+    return LinearConstraint(A, A(z))
+
+
+class DecodedConstraint:
+    """A measurement of the decoded picture, y = A Dec(x0) + sigma_y n:  e = (dDec/dx0)^T A^T (y - A Dec(x0)), residual as above.
+
+    decode: x0 [B, C, h, w] -> pictures, differentiable; A, y: operator and measurement of pictures. One backward pass through the
+    decoder (not the denoiser) for each call; `backward_passes` counts them.
+    """
+
+    def __init__(self, decode, A, y):
+        self.decode, self.pixels, self.backward_passes = decode, LinearConstraint(A, y), 0
+
+    def __call__(self, x0):
+        with torch.inference_mode(False), torch.enable_grad():
+            z = x0.clone().requires_grad_()
+            r = self.pixels.residual(self.decode(z))
+            (gradient,) = torch.autograd.grad(0.5 * r.square().sum(), z)
+        self.backward_passes += 1
+        return -gradient, self.pixels.rms(r.detach())
+
+
+class EncoderConstraint:
+    """The same measurement without any backward pass, by the encoder's difference (VAE-space Newton):
+
+        p = A^+ (y - A x),   e = (Enc(x + h p / |p|_inf) - Enc(x)) |p|_inf / h,   x = Dec(x0)
+
+    decode, encode: between x0 [B, C, h, w] and pictures; lift: y-shaped -> picture, instead of the operator's A^+. For each call one
+    evaluation of the decoder and two of the encoder.
+    """
+
+    backward_passes = 0
+
+    def __init__(self, decode, encode, A, y, lift=None, h=0.05):
+        self.decode, self.encode, self.pixels, self.h = decode, encode, LinearConstraint(A, y), h
+        self.lift = A.pseudo_inverse if lift is None else lift
+
+    def __call__(self, x0):
+        x = self.decode(x0)
+        r = self.pixels.residual(x)
+        p = self.lift(r)
+        moved, here = self.encode(torch.cat([x + self.h * unit(p), x])).chunk(2)
+        return (moved - here) * (max_norm(p) / self.h), self.pixels.rms(r)
+
+
+class LossConstraint:
+    """Any differentiable loss of x0, one number per sample:  e = - d loss / d x0,  residual = loss(x0).
+
+    loss: callable x0 [B, ...] -> [B], in which samples do not mix. ValueError where it gives another shape.
+    """
+
+    def __init__(self, loss):
+        self.loss, self.backward_passes = loss, 0
+
+    def __call__(self, x0):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x0.clone().requires_grad_()
+            values = self.loss(x)
+            if values.shape != x0.shape[:1]:
+                raise ValueError(f"loss gives a tensor of shape {list(values.shape)} for {len(x0)} samples: one number for each is needed")
+            (gradient,) = torch.autograd.grad(values.sum(), x)
+        self.backward_passes += 1
+        return -gradient, values.detach()
+
+
+def gram(tokens):
+    """Gram matrix of features over the places of a picture (Gatys et al. 2016): F^T F / N, tokens F [B, N, C] -> [B, C, C]."""
+    return tokens.transpose(1, 2) @ tokens / tokens.shape[1]
+
+
+def gram_distance(features, decode, reference):
+    """The loss |G(features(decode(x0))) - G(features(reference))|_F, Frobenius norm of the difference of Gram matrices. A function
+    x0 [B, ...] -> [B] for LossConstraint: style guidance.
+
+    features: pictures in [-1, 1] -> tokens [B, N, C], such as `ldm.clip.ClipVision`; reference: [B or 1, 3, H, W].
+    """
+    with torch.no_grad():
+        wanted = gram(features(check_image(reference, "reference")))
+
+    def loss(x0):
+        if len(wanted) not in (1, len(x0)):
+            raise ValueError(f"reference has {len(wanted)} pictures, but x0 has {len(x0)} samples: give one for each, or one for all")
+        return torch.linalg.matrix_norm(gram(features(decode(x0))) - wanted)
+
+    return loss

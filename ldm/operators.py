@@ -1,6 +1,7 @@
 """Linear measurement operators A with their exact adjoints, and measurement noise: y = A x + sigma_y n.
 
-An operator is called as A(x), x [B, C, H, W] -> y, and has `A.adjoint(y)` = A^T y with <A x, y> = <x, A^T y> to rounding.
+An operator is called as A(x), x [B, C, H, W] -> y, and has `A.adjoint(y)` = A^T y with <A x, y> = <x, A^T y> to rounding, and
+(compositions excepted) `A.pseudo_inverse(y)` = A^+ y, the smallest picture that fits y best.
 """
 
 import math
@@ -17,6 +18,9 @@ class Operator:
         """y with zeros where nothing is measured: y itself but for masks."""
         return y
 
+    def pseudo_inverse(self, y):
+        raise ValueError(f"{type(self).__name__} has no pseudo-inverse here: give a function that makes a picture of y")
+
     def __matmul__(self, first):
         """A @ B is the operator x -> A(B(x))."""
         return Compose(self, first)
@@ -30,6 +34,8 @@ class Identity(Operator):
 
     def adjoint(self, y):
         return y
+
+    pseudo_inverse = adjoint
 
 
 class Mask(Operator):
@@ -46,7 +52,8 @@ class Mask(Operator):
         self.mask = mask
 
     def __call__(self, x):
-        self.mask = mask = self.mask.to(x)
+        with torch.inference_mode(False):  # an ordinary tensor even where the first call is the sampler's
+            self.mask = mask = self.mask.to(x)
         try:
             fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
         except RuntimeError:
@@ -56,7 +63,7 @@ class Mask(Operator):
                              "width, and one mask per image or one for all")
         return mask * x
 
-    adjoint = measured = __call__
+    adjoint = measured = pseudo_inverse = __call__
 
 
 class Separable(Operator):
@@ -64,23 +71,31 @@ class Separable(Operator):
 
     def __init__(self, rows, columns):
         self.rows, self.columns = rows, columns
-        self._cached = rows, columns
+        self._cached = ()
 
     def _matrices(self, x):
-        if self._cached[0].dtype != x.dtype or self._cached[0].device != x.device:  # converted once, not at every call
-            self._cached = self.rows.to(x), self.columns.to(x)
+        """R, C, R^+ and C^+ as x's dtype on x's device, converted once and not at every call."""
+        if not self._cached or self._cached[0].dtype != x.dtype or self._cached[0].device != x.device:
+            with torch.inference_mode(False):  # ordinary tensors even where the first call is the sampler's
+                inverses = (torch.linalg.pinv(m.double(), rtol=1e-2) for m in (self.rows, self.columns))
+                self._cached = tuple(m.to(x) for m in (self.rows, self.columns, *inverses))
         return self._cached
 
     def __call__(self, x):
         if x.shape[2:] != (self.rows.shape[1], self.columns.shape[1]):
             raise ValueError(f"the picture has size {list(x.shape[2:])}, but this operator was made for "
                              f"{[self.rows.shape[1], self.columns.shape[1]]}")
-        rows, columns = self._matrices(x)
+        rows, columns, *_ = self._matrices(x)
         return rows @ x @ columns.T
 
     def adjoint(self, y):
-        rows, columns = self._matrices(y)
+        rows, columns, *_ = self._matrices(y)
         return rows.T @ y @ columns
+
+    def pseudo_inverse(self, y):
+        """A^+ y, without the directions that A weakens to less than a hundredth of the strongest."""
+        *_, rows, columns = self._matrices(y)
+        return rows @ y @ columns.T
 
 
 def downsample(size, factor):

@@ -4,9 +4,10 @@
 
 A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (one of the tasks
 below) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...); and perhaps `parts`, the files of
-those parts of the model that were trained before. Any value can be set on the command line:
+those parts of the model that were trained before, and `init`, the weights to start from. Any value can be set on the command line:
 
     trainer.max_time=00:01:00:00   a time budget of an hour, after which it saves and ends
+    init=checkpoints/tiny/unet.safetensors                   fine-tuning
     data.folder=/path              your own captioned pictures (ldm/data/captioned.py) instead of the config's
 
 Everything is written to runs/<name>/: checkpoints, metrics (one version_N/metrics.csv for each start), sample sheets, and at the
@@ -95,9 +96,10 @@ class TextToImageTraining(DiffusionTraining):
         model.cond_stage_model.requires_grad_(False)
 
     def prepare(self, dataset, train):
-        """The encoded dataset. The training set's latents set the scale_factor that brings them to unit variance."""
+        """The encoded dataset. The training set's latents set the scale_factor that brings them to unit variance, unless the
+        model has begun with another one's."""
         encoded = Encoded(dataset, lambda x: self.model.first_stage_model.encode(x).mode(), self.model.encode_prompts)
-        if train:
+        if train and self.model.scale_factor == 1:
             self.model.scale_factor.fill_(1 / encoded.latents.float().std())
         encoded.latents *= self.model.scale_factor
         with torch.no_grad():
@@ -248,8 +250,9 @@ def train(config, run, resume=True):
     datasets = [instantiate_from_config(data, train=part) for part in (True, False)]
     model = instantiate_from_config(config["model"]).to(memory_format=torch.channels_last)
     parts = config.get("parts") or {}
-    if parts:
-        load_parts(model, parts)
+    init = {"": {"path": config["init"]}} if config.get("init") else {}
+    if parts or init:
+        load_parts(model, parts | init)
     task = instantiate_from_config(config["training"], model=model)
     if hasattr(task, "prepare"):
         datasets = [task.prepare(dataset, train) for dataset, train in zip(datasets, (True, False), strict=True)]

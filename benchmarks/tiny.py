@@ -1,0 +1,195 @@
+"""Quality of the tiny models, as their card reports it:
+
+    python benchmarks/tiny.py [--models tiny tiny-flow] [--captions 256] [--steps 50] [--guidance 3] [--out checkpoints/tiny]
+
+Measures the autoencoder's reconstruction and CLIP's retrieval on the held-out pictures, and the generated pictures by that CLIP:
+the rank of the right caption among those of all training names, and kernel distances (KID) in its picture features. Needs the
+captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes quality.json, the sheets of
+samples and, from the logs in --out/training, the figure training.png.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from tqdm import tqdm
+
+from ldm.checkpoints import load_model
+from ldm.data.emoji import Emoji, sample_emoji
+from ldm.denoisers import LatentDenoiser
+from ldm.images import from_uint8
+from ldm.metrics import kernel_distance, lpips_distance, lpips_weights, psnr, ssim
+from ldm.modules.encoders.modules import bpe_tokenizer
+from ldm.newton_sampler import sample
+from ldm.util import ROOT, resolve_device
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SHEET = """red apple, strawberry, tangerine, lemon, watermelon, grapes, cherries, ear of maize,
+hamburger, slice of pizza, hot dog, doughnut, birthday cake, ice cream, hot beverage, beer mug,
+dog face, cat face, tiger face, panda face, frog face, octopus, snail, lady beetle,
+honeybee, turtle, elephant, whale, butterfly, cactus, sunflower, mushroom,
+grinning face, smiling face with sunglasses, crying face, loudly crying face, angry face, skull, ghost, robot face,
+alien monster, pile of poo, thumbs up sign, raised hand, clapping hands sign, eyes, fire, snowman without snow,
+rocket, airplane, automobile, police car, bicycle, tent, house with garden, european castle,
+soccer ball, basketball and hoop, guitar, trumpet, blue heart, crescent moon, umbrella with rain drops, wrapped present"""
+
+
+@torch.inference_mode()
+def in_batches(function, images, device, batch=128):
+    return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
+
+
+class Judge:
+    """The tiny CLIP: features of pictures, and ranks of captions."""
+
+    def __init__(self, device):
+        self.clip, self.device = load_model("tiny-clip", device=device), device
+        self.tokenizer = bpe_tokenizer(ROOT / "configs/tiny/bpe.txt.gz")
+
+    def features(self, images):
+        """[N, 3, 64, 64] -> [N, 128], of unit length."""
+        return in_batches(lambda x: self.clip.encode_image(x, normalize=True), images, self.device)
+
+    def ranks(self, features, captions, candidates):
+        """For each picture, how many of the candidates (list of strings) fit better than its own caption. [N]"""
+        ids = self.tokenizer(list(candidates), self.clip.context_length).to(self.device)
+        with torch.inference_mode():
+            text = self.clip.encode_text(ids, normalize=True).cpu()
+        scores = features @ text.T
+        place = {caption: i for i, caption in enumerate(candidates)}
+        own = scores.gather(1, torch.tensor([place[caption] for caption in captions])[:, None])
+        return (scores > own).sum(1)
+
+
+def share(condition):
+    return round(condition.float().mean().item(), 4)
+
+
+def reconstruction(autoencoder, images, device):
+    """Means of PSNR, SSIM and, where its weights are there, LPIPS of the reconstruction from the posterior's mean."""
+    again = in_batches(lambda x: autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1), images, device)
+    figures = {"psnr": psnr(again, images).mean().item(), "ssim": ssim(again, images).mean().item()}
+    if lpips_weights() is None:
+        print("LPIPS is left out: AlexNet's weights are missing (make data-lpips)")
+    else:
+        figures["lpips_alex"] = lpips_distance(again, images).mean().item()
+    return {"pictures": len(images), **{k: round(v, 4) for k, v in figures.items()}}
+
+
+def retrieval(judge, images, names):
+    """Shares of pictures whose own name is among the first 1, 10 and 5 % of all the names."""
+    candidates = list(dict.fromkeys(names))
+    ranks = judge.ranks(judge.features(images), names, candidates)
+    return {"names": len(candidates), "top_1": share(ranks < 1), "top_10": share(ranks < 10),
+            "top_5_percent": share(ranks < 0.05 * len(candidates))}
+
+
+def generate(model, captions, steps, guidance, device, batch=64):
+    """One picture [3, 64, 64] for each caption, seeds 0, 1, 2 ..."""
+    pictures, shape = [], (model.channels, model.image_size, model.image_size)
+    for start in tqdm(range(0, len(captions), batch), f"{steps} steps", leave=False):
+        part = captions[start : start + batch]
+        D = LatentDenoiser(model, part, guidance)
+        z = sample(D, None, (len(part), *shape), range(start, start + len(part)), steps=steps, device=device).x_t
+        with torch.inference_mode():
+            pictures.append(model.decode(z).clamp(-1, 1).cpu())
+    return torch.cat(pictures)
+
+
+def draw_sheet(pictures, captions, path):
+    """Eight in a row, each with its caption."""
+    fig, axes = plt.subplots(-(-len(captions) // 8), 8, figsize=(10, 11.2))
+    for ax, picture, caption in zip(axes.flat, pictures, captions, strict=True):
+        ax.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation="lanczos")
+        ax.set_title(caption if len(caption) < 20 else caption.replace(" with ", "\nwith ").replace(" and ", "\nand "),
+                     fontsize=6.5, y=-0.06, va="top")  # fmt: skip
+        ax.set_axis_off()
+    fig.subplots_adjust(0.01, 0.03, 0.99, 0.995, wspace=0.08, hspace=0.3)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def draw_training(folder, path):
+    """Loss, validation and learning rate of every training whose log lies in the folder."""
+    logs = [folder / f"{name}.csv" for name in ("autoencoder", "clip", "unet", "flow") if (folder / f"{name}.csv").is_file()]
+    fig, axes = plt.subplots(2, len(logs), figsize=(3.2 * len(logs), 4.4), layout="constrained", squeeze=False, sharex="col",
+                             height_ratios=(3, 1))  # fmt: skip
+    for (ax, below), log in zip(axes.T, logs, strict=True):
+        with open(log, newline="") as file:
+            rows = list(csv.DictReader(file))
+        dots = dict(marker="o", ms=3, color="tab:orange")
+        for name, style in {"loss": dict(lw=0.7, alpha=0.7), "val_loss": dots, "val_psnr": dots}.items():
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            if points:
+                on = ax if "loss" in name else ax.twinx()
+                on.plot(*zip(*points, strict=True), **style)
+                on.set_ylabel("validation PSNR, dB" if on is not ax else "")
+        ax.set_yscale("log")
+        ax.set_title(f"{log.stem}: loss, training and validation", fontsize=9)
+        points = [(int(row["step"]), float(row["lr-AdamW"])) for row in rows if row.get("lr-AdamW")]
+        below.plot(*zip(*points, strict=True), color="tab:green")
+        below.set(xlabel="step", ylabel="learning rate")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["tiny", "tiny-flow"])
+    parser.add_argument("--captions", type=int, default=256, help="training captions to generate pictures for")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--data", default="data", help="folder of emoji/emoji.npz")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/tiny"))
+    args = parser.parse_args()
+
+    device = resolve_device(args.device)
+    train, held_out = Emoji(args.data, train=True), Emoji(args.data, train=False)
+    train_images, held_out_images = from_uint8(train.images), from_uint8(held_out.images)
+    autoencoder, judge = load_model("tiny-autoencoder", device=device), Judge(device)
+    quality = {
+        "autoencoder": {"held_out": reconstruction(autoencoder, held_out_images, device),
+                        "sample": reconstruction(autoencoder, sample_emoji()[0], device)},
+        "clip": {"held_out": retrieval(judge, held_out_images, held_out.names),
+                 "training": retrieval(judge, train_images, train.names)},
+    }  # fmt: skip
+
+    # One picture of each name, in a random order: what is generated has no skin tones either.
+    names = list(dict.fromkeys(train.names))
+    first = torch.tensor([train.names.index(name) for name in names])
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+    captions = [names[i] for i in order[: args.captions]]
+    reference = judge.features(held_out_images)
+    real = judge.features(train_images[first[order]])
+    subset = min(args.captions, len(names) // 2, len(reference))
+    distance = lambda a, b: [round(x, 4) for x in kernel_distance(a, b, subset_size=subset)]  # noqa: E731
+    quality["generation"] = {
+        "captions": len(captions), "steps": args.steps, "guidance": args.guidance,
+        "real": {"top_5_percent": share(judge.ranks(real[: len(captions)], captions, names) < 0.05 * len(names)),
+                 "kid_to_held_out": distance(real[: len(captions)], reference),
+                 "kid_between_halves_of_training": distance(real[::2], real[1::2])},
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.models:
+        model = load_model(name, device=device)
+        features = judge.features(generate(model, captions, args.steps, args.guidance, device))
+        ranks = judge.ranks(features, captions, names)
+        quality["generation"][name] = {"top_5_percent": share(ranks < 0.05 * len(names)), "top_1": share(ranks < 1),
+                                       "median_rank": ranks.median().item() + 1,
+                                       "kid_to_held_out": distance(features, reference)}  # fmt: skip
+        sheet = [caption.strip() for caption in SHEET.split(",")]
+        draw_sheet(generate(model, sheet, args.steps, args.guidance, device), sheet, args.out / f"samples-{name}.png")
+    if (args.out / "training").is_dir():
+        draw_training(args.out / "training", args.out / "training.png")
+    (args.out / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    print(json.dumps(quality, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""CLIP's picture tower, as the feature extractor of style guidance. The tower itself is open_clip's."""
+
+from pathlib import Path
+
+import open_clip
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch.nn import functional as F
+
+from ldm.checkpoints import index, load_model, match
+from ldm.util import resolve_device
+
+OPENAI_HUB = "timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"  # where open_clip has ViT-B/16 "openai" from
+
+
+class ClipVision:
+    """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, N, C] after residual block number `block`, without the class token. Differentiable.
+
+    visual     the picture tower of an open_clip model
+    size       of the pictures that it takes, in pixels: others are resized (bicubic, anti-aliased)
+    mean, std  of the pixel values in [0, 1] that it takes, three each
+    """
+
+    def __init__(self, visual, block=2, size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+        if not 0 <= block < visual.transformer.layers:
+            raise ValueError(f"block = {block}: this CLIP has the blocks 0 to {visual.transformer.layers - 1}")
+        self.visual, self.block, self.size = visual, block, size
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+
+    def __call__(self, pictures):
+        x = pictures
+        if x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        x = ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+        out = self.visual.forward_intermediates(x, [self.block], stop_early=True, intermediates_only=True, output_fmt="NLC")
+        return out["image_intermediates"][0]
+
+
+def load_clip_vision(source="tiny-clip", block=2, device="auto"):
+    """A `ClipVision` for style guidance.
+
+    source  "tiny-clip", the CLIP that this repository ships; "openai", OpenAI's ViT-B/16 from open_clip's own download cache; or the
+            path of its weights (open_clip_model.safetensors)
+    block   whose output is looked at, counted from 0. The paper takes 2 of ViT-B/16
+    Nothing is downloaded: FileNotFoundError says how to get what is missing.
+    """
+    device = resolve_device(device)
+    if source == "tiny-clip":
+        return ClipVision(load_model(source, device=device).visual, block, size=64)
+    if source == "openai":
+        source = try_to_load_from_cache(*OPENAI_HUB)
+        if not isinstance(source, str):
+            raise FileNotFoundError(
+                "the weights of CLIP ViT-B/16 (openai) are not in open_clip's cache. With a network connection, `python -c \"import open_clip; "
+                "open_clip.create_model('ViT-B-16', 'openai')\"` puts them there (600 MB); or give the path of "
+                f"{OPENAI_HUB[1]} of huggingface.co/{OPENAI_HUB[0]}")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'clip = {str(source)!r}: there is no such file; give "tiny-clip", "openai" or the path of {OPENAI_HUB[1]}')
+    config = open_clip.get_model_config("ViT-B-16")
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")}, quick_gelu=True)
+    stored = {k: v for k, v in index(path).items() if k.startswith("visual.")}
+    expected = {k: v for k, v in clip.state_dict(keep_vars=True).items() if k.startswith("visual.")}
+    tensors = {k.removeprefix("visual."): stored[name].read().float().to(device) for k, name in match(path, stored, expected).items()}
+    clip.visual.load_state_dict(tensors, assign=True)
+    constants = {k: getattr(open_clip, f"OPENAI_DATASET_{k.upper()}") for k in ("mean", "std")}
+    return ClipVision(clip.visual.eval().requires_grad_(False), block, 224, **constants)
