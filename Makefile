@@ -5,6 +5,7 @@
 #   make lint         ruff, notebooks included
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
 #   make data-emoji   fetch and prepare the captioned pictures for configs/tiny, into data/
+#   make data-lpips   fetch AlexNet's weights (64 MB), which LPIPS needs, into data/
 #   make train-tiny   train the four tiny models one after the other, into runs/ and checkpoints/tiny/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ READY := .venv/ready
 # Notebooks draw inline: a backend that the user has set would take the figures out of them.
 unexport MPLBACKEND
 
-.PHONY: demo test lab lint train-mnist data-emoji train-tiny
+.PHONY: demo test lab lint train-mnist data-emoji data-lpips train-tiny
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.txt constraints.txt pyproject.toml
@@ -43,6 +44,9 @@ train-mnist: $(READY)
 
 data-emoji: $(READY)
 	@$(BIN)/python -m ldm.data.emoji
+
+data-lpips: $(READY)
+	@$(BIN)/python -m ldm.data.alexnet
 
 train-tiny: data-emoji
 	@mkdir -p checkpoints/tiny

@@ -14,7 +14,8 @@ OPENAI_HUB = "timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetenso
 
 
 class ClipVision:
-    """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, N, C] after residual block number `block`, without the class token. Differentiable.
+    """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, N, C] after residual block number `block`, without the class token;
+    differentiable.
 
     visual     the picture tower of an open_clip model
     size       of the pictures that it takes, in pixels: others are resized (bicubic, anti-aliased)
@@ -39,8 +40,8 @@ class ClipVision:
 def load_clip_vision(source="tiny-clip", block=2, device="auto"):
     """A `ClipVision` for style guidance.
 
-    source  "tiny-clip", the CLIP that this repository ships; "openai", OpenAI's ViT-B/16 from open_clip's own download cache; or the
-            path of its weights (open_clip_model.safetensors)
+    source  "tiny-clip", the CLIP that this repository ships; "openai", OpenAI's ViT-B/16 from open_clip's own download cache;
+            or the path of its weights (open_clip_model.safetensors)
     block   whose output is looked at, counted from 0. The paper takes 2 of ViT-B/16
     Nothing is downloaded: FileNotFoundError says how to get what is missing.
     """
@@ -51,18 +52,19 @@ def load_clip_vision(source="tiny-clip", block=2, device="auto"):
         source = try_to_load_from_cache(*OPENAI_HUB)
         if not isinstance(source, str):
             raise FileNotFoundError(
-                "the weights of CLIP ViT-B/16 (openai) are not in open_clip's cache. With a network connection, `python -c \"import open_clip; "
-                "open_clip.create_model('ViT-B-16', 'openai')\"` puts them there (600 MB); or give the path of "
+                "the weights of CLIP ViT-B/16 (openai) are not in open_clip's cache. With a network connection, `python -c \"import "
+                "open_clip; open_clip.create_model('ViT-B-16', 'openai')\"` puts them there (600 MB); or give the path of "
                 f"{OPENAI_HUB[1]} of huggingface.co/{OPENAI_HUB[0]}")
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f'clip = {str(source)!r}: there is no such file; give "tiny-clip", "openai" or the path of {OPENAI_HUB[1]}')
+        raise FileNotFoundError(f'clip = {str(source)!r}: there is no such file; give "tiny-clip", "openai" or the path of '
+                                f"{OPENAI_HUB[1]}")
     config = open_clip.get_model_config("ViT-B-16")
     with torch.device("meta"):
         clip = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")}, quick_gelu=True)
     stored = {k: v for k, v in index(path).items() if k.startswith("visual.")}
     expected = {k: v for k, v in clip.state_dict(keep_vars=True).items() if k.startswith("visual.")}
-    tensors = {k.removeprefix("visual."): stored[name].read().float().to(device) for k, name in match(path, stored, expected).items()}
-    clip.visual.load_state_dict(tensors, assign=True)
+    tensors = {k: stored[name].read().float().to(device) for k, name in match(path, stored, expected).items()}
+    clip.load_state_dict(tensors, strict=False, assign=True)  # `match` was strict; the text tower is not needed
     constants = {k: getattr(open_clip, f"OPENAI_DATASET_{k.upper()}") for k in ("mean", "std")}
     return ClipVision(clip.visual.eval().requires_grad_(False), block, 224, **constants)

@@ -86,8 +86,8 @@ class EncoderConstraint:
 
         p = A^+ (y - A x),   e = (Enc(x + h p / |p|_inf) - Enc(x)) |p|_inf / h,   x = Dec(x0)
 
-    decode, encode: between x0 [B, C, h, w] and pictures; lift: y-shaped -> picture, instead of the operator's A^+. For each call one
-    evaluation of the decoder and two of the encoder.
+    decode, encode: between x0 [B, C, h, w] and pictures; lift: y-shaped -> picture, instead of the operator's A^+. For each call
+    one evaluation of the decoder and two of the encoder.
     """
 
     backward_passes = 0
@@ -118,7 +118,8 @@ class LossConstraint:
             x = x0.clone().requires_grad_()
             values = self.loss(x)
             if values.shape != x0.shape[:1]:
-                raise ValueError(f"loss gives a tensor of shape {list(values.shape)} for {len(x0)} samples: one number for each is needed")
+                raise ValueError(f"loss gives a tensor of shape {list(values.shape)} for {len(x0)} samples: one number for each is "
+                                 "needed")
             (gradient,) = torch.autograd.grad(values.sum(), x)
         self.backward_passes += 1
         return -gradient, values.detach()
@@ -140,7 +141,8 @@ def gram_distance(features, decode, reference):
 
     def loss(x0):
         if len(wanted) not in (1, len(x0)):
-            raise ValueError(f"reference has {len(wanted)} pictures, but x0 has {len(x0)} samples: give one for each, or one for all")
+            raise ValueError(f"reference has {len(wanted)} pictures, but x0 has {len(x0)} samples: give one for each, or one for "
+                             "all")
         return torch.linalg.matrix_norm(gram(features(decode(x0))) - wanted)
 
     return loss

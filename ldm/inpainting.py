@@ -198,9 +198,11 @@ def _known(brightness, path, size):
     """Of a mask file's brightness [H, W], 0 .. 255, the mask [1, 1, *size]: 1 where it is black, or the size is not its own."""
     mask, (h, w) = (brightness < 128).float()[None, None], size
     if abs(mask.shape[3] / mask.shape[2] - w / h) > 0.01 * w / h:
-        raise ValueError(f"mask = {str(path)!r} has {mask.shape[2]} x {mask.shape[3]} pixels, but the image has {h} x {w}: give one of "
-                         "the same aspect ratio")  # fmt: skip
-    return mask if mask.shape[2:] == (h, w) else (resize(mask, [h, w], InterpolationMode.BILINEAR, antialias=True) > 0.999).float()
+        raise ValueError(f"mask = {str(path)!r} has {mask.shape[2]} x {mask.shape[3]} pixels, but the image has {h} x {w}: give one "
+                         "of the same aspect ratio")
+    if mask.shape[2:] == (h, w):
+        return mask
+    return (resize(mask, [h, w], InterpolationMode.BILINEAR, antialias=True) > 0.999).float()
 
 
 def _open(name, path):
@@ -208,7 +210,8 @@ def _open(name, path):
         image = Image.open(path)
         image.load()
     except (OSError, UnidentifiedImageError, AttributeError) as error:
-        known = f'; otherwise give {", ".join(map(repr, SIDES))}, "centre", "strokes", "alpha" or a rectangle' if name == "mask" else ""
         reason = "no such file" if not Path(str(path)).exists() else "not a readable picture"
-        raise ValueError(f"{name} = {str(path)!r}: {reason}{known}") from error
+        if name == "mask":
+            reason += f'; otherwise give {", ".join(map(repr, SIDES))}, "centre", "strokes", "alpha" or a rectangle'
+        raise ValueError(f"{name} = {str(path)!r}: {reason}") from error
     return image

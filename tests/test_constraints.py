@@ -6,6 +6,7 @@ import torch
 from common import randomised
 from safetensors.torch import save_file
 
+from ldm.clip import ClipVision, load_clip_vision
 from ldm.constraints import (
     DecodedConstraint,
     EncoderConstraint,
@@ -16,7 +17,6 @@ from ldm.constraints import (
 )
 from ldm.inpainting import make_mask
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.clip import ClipVision, load_clip_vision
 from ldm.newton_sampler import newton_sampler, sample
 from ldm.operators import Compose, Identity, Mask, downsample, gaussian_blur
 
@@ -181,8 +181,8 @@ def test_clip_s_tokens_are_those_after_the_block():
     """Against a hook on open_clip's own block; other sizes are resized, values normalised."""
     torch.manual_seed(0)
     vision = dict(image_size=32, patch_size=8, width=64, head_width=32, layers=3)
-    clip = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1))
-    clip, seen = randomised(clip), []
+    text = dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+    clip, seen = randomised(open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)), []
     clip.visual.transformer.resblocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
     mean, std = (0.1, 0.2, 0.3), (0.3, 0.4, 0.5)
     tokens = ClipVision(clip.visual, 1, 32, mean, std)(pictures())

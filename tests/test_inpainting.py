@@ -165,7 +165,7 @@ def test_outpainting_and_joining():
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "LA"])
 def test_pictures_of_every_kind_convert(mode, tmp_path):
     grey = np.linspace(0, 255, 64).reshape(8, 8).round().astype(np.uint8)
-    picture = Image.fromarray((grey.astype(np.uint16) * 257)) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    picture = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     picture.save(tmp_path / "picture.png")
     image = load_image(tmp_path / "picture.png")
     assert image.shape == (1, 3, 8, 8)
