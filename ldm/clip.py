@@ -52,8 +52,8 @@ def load_clip_vision(source="tiny-clip", block=2, device="auto"):
         source = try_to_load_from_cache(*OPENAI_HUB)
         if not isinstance(source, str):
             raise FileNotFoundError(
-                "the weights of CLIP ViT-B/16 (openai) are not in open_clip's cache. With a network connection, `python -c \"import "
-                "open_clip; open_clip.create_model('ViT-B-16', 'openai')\"` puts them there (600 MB); or give the path of "
+                "the weights of CLIP ViT-B/16 (openai) are not in open_clip's cache. With a network connection, `python -c "
+                "\"import open_clip; open_clip.create_model('ViT-B-16', 'openai')\"` puts them there (600 MB); or give the path of "
                 f"{OPENAI_HUB[1]} of huggingface.co/{OPENAI_HUB[0]}")
     path = Path(source).expanduser()
     if not path.is_file():

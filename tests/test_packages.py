@@ -32,7 +32,7 @@ def test_a_file_is_fetched_once_and_verified(tmp_path):
 
 
 def test_what_cannot_be_fetched_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no-such-npm is not installed: run `no-such-npm pack a@1` on any machine, and put a.tgz"):
+    with pytest.raises(FileNotFoundError, match=r"no-such-npm is not installed: run `no-such-npm pack a@1` on any machine"):
         fetch(["no-such-npm", "pack", "a@1"], "a.tgz", "0", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"failed \(no network\): put a.tgz into"):
         fetch([sys.executable, "-c", "import sys; sys.exit('no network')"], "a.tgz", "0", tmp_path)
@@ -44,7 +44,7 @@ def alexnet_weights(tmp_path, monkeypatch):
     """data/lpips/alexnet.safetensors as `make data-lpips` would write it, of random weights."""
     rng = np.random.default_rng(0)
     shapes = [(11, 11, 3, 64), (5, 5, 64, 192), (3, 3, 192, 384), (3, 3, 384, 256), (3, 3, 256, 256)]
-    layers = {f"Conv_{i}": {"kernel": rng.normal(size=s).astype(np.float32) * np.prod(s[:3]) ** -0.5,
+    layers = {f"Conv_{i}": {"kernel": (rng.normal(size=s) * np.prod(s[:3]) ** -0.5).astype(np.float32),
                             "bias": rng.normal(size=s[3]).astype(np.float32)} for i, s in enumerate(shapes)}  # fmt: skip
     content = pickle.dumps({"AlexNet_0": layers}, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     pack(tmp_path, monkeypatch, content)
