@@ -103,6 +103,12 @@ def load_model(source="tiny", config=None, device="auto", dtype=None, prediction
         layout = torch.channels_last if own.ndim == 4 else torch.preserve_format
         tensors[name] = value.to(device=device, dtype=to, copy=True, memory_format=layout)
     model.load_state_dict(tensors, strict=False, assign=True)  # `match` was strict
+    if any(buffer.is_meta for buffer in model.buffers()):  # those that the model computes itself (CLIP's attention mask)
+        computed = dict(instantiate_from_config(model_config, **overrides).named_buffers())
+        for name, buffer in list(model.named_buffers()):
+            if buffer.is_meta:
+                module, _, own_name = name.rpartition(".")
+                model.get_submodule(module)._buffers[own_name] = computed[name]
     if "scale_factor" in stored and "scale_factor" not in expected:
         model.scale_factor = stored["scale_factor"].read().item()
     return model.to(device).eval().requires_grad_(False)

@@ -42,7 +42,9 @@ def instantiate_from_config(config, **overrides):
     """The object `target(**params)` of a config node {target, params}; overrides win over params."""
     if "target" not in config:
         raise ValueError(f"this part of the config has no 'target', only {sorted(config)}")
-    return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **overrides})
+    params = config.get("params") or {}
+    params = OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else params
+    return get_obj_from_str(config["target"])(**{**params, **overrides})
 
 
 def resolve_device(device="auto"):

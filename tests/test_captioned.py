@@ -175,6 +175,15 @@ def test_text_to_image_training(folder, tmp_path, parameterization):
     torch.testing.assert_close(model.first_stage_model.state_dict(), autoencoder.state_dict())
     state = sample(LatentDenoiser(model, "a red square", guidance=2.0), None, (1, 4, 8, 8), [0], steps=3)
     assert state.nfe == 3 and model.decode(state.x_t).shape == (1, 3, 16, 16)
+    # Fine-tuning begins with those weights and their scale_factor, whatever the new pictures' latents are like.
+    model.scale_factor *= 2
+    save_weights(model, tmp_path / "begin.safetensors", torch.float32, without=tuple(spec["parts"]))
+    spec["init"], spec["training"]["params"]["lr"] = str(tmp_path / "begin.safetensors"), 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = load_model(train(spec, tmp_path / "tuned"), spec, device="cpu")
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=1e-3, rtol=1e-3)
+
     (tmp_path / "clip.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"clip\.safetensors"):
         load_model(weights, spec, device="cpu")

@@ -1,0 +1,156 @@
+"""What the notebooks under stable-diffusion/ do, measured on more pictures than they show:
+
+    python benchmarks/tasks.py [--tasks inpainting superres style] [--pictures 64] [--out benchmarks/results]
+
+inpainting  the right half of held-out pictures is missing, seeds 0 to 3 in turn; the paper's loop beside the projection without
+            Jacobian (x0 + A^T r) at as many network evaluations
+superres    four-fold, on a quarter as many pictures: the decoder's gradient and the encoder's difference, beside bicubic
+style       32 training captions, each with a held-out picture as reference, guided and unguided
+
+Needs the captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from tiny import Judge, in_batches, share
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from ldm.checkpoints import load_model
+from ldm.clip import load_clip_vision
+from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint, gram_distance, latent_inpainting
+from ldm.data.emoji import Emoji
+from ldm.denoisers import LatentDenoiser
+from ldm.images import from_uint8
+from ldm.inpainting import blend, make_mask
+from ldm.metrics import lpips_distance, lpips_weights, psnr, ssim
+from ldm.newton_sampler import newton_sampler, sample, seeded_noise
+from ldm.operators import downsample
+from ldm.util import resolve_device
+
+
+def first_of_each(dataset):
+    """One picture number for each (name, style), without skin tones."""
+    seen = {}
+    for i, key in enumerate(zip(dataset.names, dataset.styles.tolist(), strict=True)):
+        seen.setdefault(key, i)
+    return list(seen.values())
+
+
+def run(D, constraint, shape, seeds, device, **settings):
+    """The last state of the sampler, with a progress bar, and the seconds it took."""
+    start, steps = time.perf_counter(), settings.get("steps", 20)
+    for state in tqdm(newton_sampler(D, constraint, shape, seeds, device=device, **settings), total=steps, leave=False):  # noqa: B007
+        pass
+    return state, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def projection(D, constraint, shape, seeds, device, steps):
+    """Without Jacobian (MPGD, DDNM): x0 <- x0 + A^T (y - A x0), then the DDIM step."""
+    noise = seeded_noise(shape, seeds, device)
+    x, levels = noise(), D.schedule.levels(steps)
+    for now, to in tqdm(list(zip(levels[:-1], levels[1:], strict=True)), leave=False):
+        x0 = D(x, now.t)
+        x = D.schedule.step(x, x0 + constraint(x0)[0], now, to)
+    return x
+
+
+def mean(x):
+    return round(x.mean().item(), 4)
+
+
+def perceptual(x, truth):
+    return {"lpips_alex": mean(lpips_distance(x, truth))} if lpips_weights() else {}
+
+
+def inpainting(model, images, device):
+    mask, seeds = make_mask("right", images.shape[2:]).to(device), [i % 4 for i in range(len(images))]
+    constraint, D = latent_inpainting(model, images, mask), LatentDenoiser(model, "")
+    shape, known = constraint.y.shape, slice(0, images.shape[3] // 2)
+    state, seconds = run(D, constraint, shape, seeds, device)
+    with torch.inference_mode():
+        own = model.decode(model.encode(images))
+        finished = {"paper's loop": state.x_t, "projection without J": projection(D, constraint, shape, seeds, device, state.nfe)}
+        out = {"pictures": len(images), "nfe": state.nfe, "seconds": round(seconds, 1),
+               "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}  # fmt: skip
+        for name, z in finished.items():
+            x = model.decode(z)
+            final = blend(x.clamp(-1, 1), images, mask)
+            out[name] = {"residual": mean(constraint(z)[1]),
+                         "known_psnr_before_blending": mean(psnr(x[..., known], images[..., known])),
+                         "known_pixels_bit_equal": torch.equal(final[..., known], images[..., known]),
+                         "psnr": mean(psnr(final, images)), **perceptual(final, images)}  # fmt: skip
+    return out
+
+
+def superres(model, images, device, factor=4):
+    side, seeds = images.shape[3], [i % 4 for i in range(len(images))]
+    A, D = downsample((side, side), factor), LatentDenoiser(model, "")
+    y, shape = A(images), model.encode(images[:1]).shape[1:]
+    bicubic = interpolate(y, (side, side), mode="bicubic", align_corners=False).clamp(-1, 1)
+    measures = lambda x: {"consistency_psnr": mean(psnr(A(x), y)), "psnr": mean(psnr(x, images)), "ssim": mean(ssim(x, images)),  # noqa: E731
+                          **perceptual(x, images)}  # fmt: skip
+    out = {"pictures": len(images), "factor": factor, "bicubic": measures(bicubic)}
+    constraints = {"decoder's gradient": DecodedConstraint(model.decode, A, y),
+                   "encoder's difference": EncoderConstraint(model.decode, model.encode, A, y)}  # fmt: skip
+    for name, constraint in constraints.items():
+        state, seconds = run(D, constraint, (len(images), *shape), seeds, device, newton_steps=10, lr=0.1)
+        with torch.inference_mode():
+            x = model.decode(state.x_t).clamp(-1, 1)
+        out[name] = {"nfe": state.nfe, "decoder_backward_passes": constraint.backward_passes, "seconds": round(seconds, 1),
+                     **measures(x)}  # fmt: skip
+    return out
+
+
+def style(model, images, captions, names, device):
+    """captions: one for each reference picture; names: the captions that are ranked."""
+    judge, loss = Judge(device), gram_distance(load_clip_vision(device=device), model.decode, images)
+    D, shape = LatentDenoiser(model, captions, 3.0), (len(captions), model.channels, model.image_size, model.image_size)
+    unguided = sample(D, None, shape, range(len(captions)), steps=20, device=device)
+    guided, seconds = run(D, LossConstraint(loss), shape, range(len(captions)), device)
+    out = {"captions": len(captions), "nfe": guided.nfe, "seconds": round(seconds, 1)}
+    with torch.inference_mode():
+        before, after = loss(unguided.x_t), loss(guided.x_t)
+        out["gram_distance"] = {"unguided": mean(before), "guided": mean(after), "falls_by": mean(1 - after / before)}
+        for name, z in {"unguided": unguided.x_t, "guided": guided.x_t}.items():
+            ranks = judge.ranks(judge.features(in_batches(model.decode, z, device).clamp(-1, 1)), captions, names)
+            out[f"caption_in_top_10_percent_{name}"] = share(ranks < 0.1 * len(names))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=["inpainting", "superres", "style"])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--data", default="data", help="folder of emoji/emoji.npz")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    model = load_model(args.model, device=device)
+    held_out, train = Emoji(args.data, train=False), Emoji(args.data, train=True)
+    order = torch.randperm(len(first_of_each(held_out)), generator=torch.Generator().manual_seed(0))
+    images = from_uint8(held_out.images[torch.tensor(first_of_each(held_out))[order]]).to(device)
+    names = list(dict.fromkeys(train.names))
+    captions = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(1))[: args.pictures // 2]]
+    path = args.out / "tasks.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for task in args.tasks:
+        results[task] = {
+            "inpainting": lambda: inpainting(model, images[: args.pictures], device),
+            "superres": lambda: superres(model, images[: args.pictures // 4], device),
+            "style": lambda: style(model, images[: args.pictures // 2], captions, names, device),
+        }[task]()
+        print(task, json.dumps(results[task], indent=2))
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
