@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; nothing is assumed but Python >= 3.10 with venv, and make.
-#   make demo         constrained sampling on the shipped model; pictures in outputs/
+#   make demo         inpainting on the shipped model; pictures in outputs/
 #   make test         all tests that need no GPU
 #   make lab          JupyterLab on the notebooks
 #   make lint         ruff, notebooks included
@@ -26,7 +26,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 
 demo: $(READY)
 	@mkdir -p outputs
-	@$(BIN)/python -m papermill mnist/train_diffusion.ipynb outputs/train_diffusion.ipynb --cwd mnist -p out ../outputs
+	@$(BIN)/python -m papermill stable-diffusion/inpaint.ipynb outputs/inpaint.ipynb --cwd stable-diffusion -p out ../outputs
 	@cat outputs/summary.txt
 
 test: $(READY)

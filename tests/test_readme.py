@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "stable diffusion" if "sd-v1-4" in b else "mnist")
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "stable diffusion" if "sd-v1-4" in b else "tiny")
 def test_the_code_runs(block, tmp_path, monkeypatch, capsys):
     """Stable Diffusion is replaced by a model with all its parts, of random weights and a tenth of its width."""
     monkeypatch.chdir(tmp_path)
