@@ -84,7 +84,10 @@ class DecodedConstraint:
 class EncoderConstraint:
     """The same measurement without any backward pass, by the encoder's difference (VAE-space Newton):
 
-        p = A^+ (y - A x),   e = (Enc(x + h p / |p|_inf) - Enc(x)) |p|_inf / h,   x = Dec(x0)
+        p = A^+ (y - A x),   e = (Enc(x + h p / |p|_inf) - Enc(x)) |p|_inf / h + retraction (Enc(x) - x0),   x = Dec(x0)
+
+    The second term costs nothing: it draws x0 back to where the encoder would put its picture. Without it (retraction=0), parts of x0
+    that A does not see drift away over the steps, as nothing opposes them.
 
     decode, encode: between x0 [B, C, h, w] and pictures; lift: y-shaped -> picture, instead of the operator's A^+. For each call
     one evaluation of the decoder and two of the encoder.
@@ -92,8 +95,8 @@ class EncoderConstraint:
 
     backward_passes = 0
 
-    def __init__(self, decode, encode, A, y, lift=None, h=0.05):
-        self.decode, self.encode, self.pixels, self.h = decode, encode, LinearConstraint(A, y), h
+    def __init__(self, decode, encode, A, y, lift=None, h=0.05, retraction=1.0):
+        self.decode, self.encode, self.pixels, self.h, self.retraction = decode, encode, LinearConstraint(A, y), h, retraction
         self.lift = A.pseudo_inverse if lift is None else lift
 
     def __call__(self, x0):
@@ -101,7 +104,7 @@ class EncoderConstraint:
         r = self.pixels.residual(x)
         p = self.lift(r)
         moved, here = self.encode(torch.cat([x + self.h * unit(p), x])).chunk(2)
-        return (moved - here) * (max_norm(p) / self.h), self.pixels.rms(r)
+        return (moved - here) * (max_norm(p) / self.h) + self.retraction * (here - x0), self.pixels.rms(r)
 
 
 class LossConstraint:

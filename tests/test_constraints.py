@@ -66,9 +66,10 @@ def test_the_decoded_constraint_is_the_decoder_s_gradient(codec):
 
 
 def test_the_encoder_s_difference_is_the_encoder_s_derivative(codec):
-    """e = J_Enc A^+ (y - A x), by forward-mode differentiation; no graph, one decoding and two encodings."""
+    """e = J_Enc A^+ (y - A x), by forward-mode differentiation, plus what the encoder makes of x less x0; no graph, one decoding
+    and two encodings."""
     A, y, z = downsample((32, 32), 4), torch.rand(2, 3, 8, 8), latents()
-    constraint = EncoderConstraint(codec.decode, codec.encode, A, y, h=0.01)
+    constraint = EncoderConstraint(codec.decode, codec.encode, A, y, h=0.01, retraction=0)
     with torch.inference_mode():
         e, residual = constraint(z)
     assert [len(x) for x in codec.encoded] == [4] and len(codec.decoded) == 1 and constraint.backward_passes == 0
@@ -76,6 +77,8 @@ def test_the_encoder_s_difference_is_the_encoder_s_derivative(codec):
     p = torch.linalg.pinv(A.rows) @ (y - A(x)).double() @ torch.linalg.pinv(A.columns).T
     exact = torch.func.jvp(lambda x: codec.autoencoder.encode(x).mode(), (x,), (p.float(),))[1]
     assert (e - exact).norm() < 0.02 * exact.norm()
+    retracted, _ = EncoderConstraint(codec.decode, codec.encode, A, y, h=0.01)(z)
+    assert torch.allclose(retracted - e, codec.autoencoder.encode(x).mode() - z, atol=1e-4)
     assert torch.allclose(residual, DecodedConstraint(codec.decode, A, y)(z)[1])
 
 
