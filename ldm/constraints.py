@@ -86,8 +86,8 @@ class EncoderConstraint:
 
         p = A^+ (y - A x),   e = (Enc(x + h p / |p|_inf) - Enc(x)) |p|_inf / h + retraction (Enc(x) - x0),   x = Dec(x0)
 
-    The second term costs nothing: it draws x0 back to where the encoder would put its picture. Without it (retraction=0), parts of x0
-    that A does not see drift away over the steps, as nothing opposes them.
+    The second term costs nothing: it draws x0 back to where the encoder would put its picture. Without it (retraction=0), what A
+    does not see of x0 drifts away over the steps, as nothing opposes it.
 
     decode, encode: between x0 [B, C, h, w] and pictures; lift: y-shaped -> picture, instead of the operator's A^+. For each call
     one evaluation of the decoder and two of the encoder.

@@ -60,7 +60,15 @@ class Training(pl.LightningModule):
 
 
 class DiffusionTraining(Training):
-    """Ho et al. 2020, eq. 14: the network's prediction at a random time, mean squared error."""
+    """Ho et al. 2020, eq. 14: the network's prediction at a random time, mean squared error.
+
+    weight_cap: noise predictions are weighted by min(1 / alpha_t^2, weight_cap). 1 is that equation; a high cap is the error of
+    v (Salimans & Ho 2022), which counts high noise levels, where the composition is decided, as much as low ones.
+    """
+
+    def __init__(self, model, weight_cap=1.0, **kwargs):
+        super().__init__(model, **kwargs)
+        self.weight_cap = weight_cap
 
     def loss(self, x0, generator, *conditions):
         ddpm = self.model
@@ -68,7 +76,9 @@ class DiffusionTraining(Training):
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x_t, alpha, sigma = ddpm.schedule.add_noise(x0, t, noise)
         target = PREDICTIONS[ddpm.parameterization][1](x0, noise, alpha, sigma)
-        return F.mse_loss(ddpm(x_t, t, *conditions), target)
+        error = (ddpm(x_t, t, *conditions) - target).square()
+        weight = (alpha**-2).clamp(max=self.weight_cap) if ddpm.parameterization == "eps" else 1.0
+        return (weight * error).mean()
 
     def training_step(self, batch, _):
         loss = self.loss(batch[0], self.generator(self.global_step))
