@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Finite-difference length by the dtype of the network's weights: the shorter, the closer to the derivative, until its rounding
 # error, about |x0| eps / h, takes over.
-H = {torch.float64: 0.005, torch.float32: 0.005, torch.float16: 0.05, torch.bfloat16: 0.3}
+H = {torch.float64: 0.005, torch.float32: 0.005, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class State(NamedTuple):
