@@ -26,7 +26,7 @@ class ClipVision:
         if not 0 <= block < visual.transformer.layers:
             raise ValueError(f"block = {block}: this CLIP has the blocks 0 to {visual.transformer.layers - 1}")
         self.visual, self.block, self.size = visual, block, size
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+        self.mean, self.std = (torch.tensor(v, device=visual.conv1.weight.device).view(3, 1, 1) for v in (mean, std))
 
     def __call__(self, pictures):
         x = pictures
