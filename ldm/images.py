@@ -22,7 +22,8 @@ def load_image(path, size=None, channels=3):
     """A picture file as a float32 tensor [1, channels, H, W] in [-1, 1].
 
     size: (H, W) to resize to (Lanczos), None keeps the file's. channels: 3 or 1. Palette, greyscale and 16-bit files are
-    converted, transparency is composited on white. ValueError where the file is missing or is not a picture.
+    converted, transparency is composited on white. ValueError where the file is missing, is not a picture or has a single row or
+    column of pixels.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB)")
@@ -32,6 +33,8 @@ def load_image(path, size=None, channels=3):
     except (OSError, UnidentifiedImageError) as error:
         reason = "no such file" if not Path(path).exists() else "not a readable picture"
         raise ValueError(f"image = {str(path)!r}: {reason}") from error
+    if min(image.size) < 2:
+        raise ValueError(f"image = {str(path)!r} has {image.height} x {image.width} pixels: give at least 2 x 2")
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: PIL would clip, not scale
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / max(values.max(), 65535 if image.mode != "F" else 1) * 255).round().astype(np.uint8))

@@ -26,6 +26,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.checkpoints import load_parts, save_weights
 from ldm.data.captioned import Encoded
@@ -135,12 +136,18 @@ class TextToImageTraining(DiffusionTraining):
 
 
 class AutoencoderTraining(Training):
-    """Kingma & Welling 2014: mean absolute error of the reconstruction, plus kl_weight times the KL divergence of the
-    posterior from the standard normal per latent number. Pictures are mirrored at random."""
+    """Kingma & Welling 2014: mean absolute error of the reconstruction, plus ssim_weight (1 - SSIM), plus kl_weight times the KL
+    divergence of the posterior from the standard normal per latent number. Pictures are mirrored at random.
 
-    def __init__(self, model, kl_weight=1e-5, **kwargs):
+    decoder_only: leave the encoder as it is, and so the latents, that a U-Net may have been trained on already.
+    """
+
+    def __init__(self, model, kl_weight=1e-5, ssim_weight=0.0, decoder_only=False, **kwargs):
         super().__init__(model, **kwargs)
-        self.kl_weight = kl_weight
+        self.kl_weight, self.ssim_weight = kl_weight, ssim_weight
+        if decoder_only:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
 
     def training_step(self, batch, _):
         generator = self.generator(self.global_step)
@@ -149,6 +156,8 @@ class AutoencoderTraining(Training):
         posterior = self.model.encode(x)
         reconstruction = self.model.decode(posterior.sample(generator))
         loss = F.l1_loss(reconstruction, x) + self.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        if self.ssim_weight:
+            loss += self.ssim_weight * (1 - structural_similarity_index_measure(reconstruction, x, data_range=2.0))
         self.log("loss", loss, prog_bar=True)
         return loss
 

@@ -77,3 +77,6 @@ def test_bad_files(tmp_path):
             load_image(tmp_path / name)
     with pytest.raises(ValueError, match="channels = 4"):
         load_image(whole, channels=4)
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    with pytest.raises(ValueError, match="dot.png' has 1 x 1 pixels: give at least 2 x 2"):
+        load_image(tmp_path / "dot.png")
