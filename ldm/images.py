@@ -82,8 +82,13 @@ def save_image(image, path, scale=1):
 
 
 def save_gif(frames, path, scale=1, seconds=0.12, hold=2.0):
-    """Write an animation of frames [C, H, W] in [-1, 1] that loops; the last one stays for `hold` seconds. Returns the path."""
-    first, *rest = [to_pil(frame, scale) for frame in frames]
+    """Write an animation of frames [C, H, W] in [-1, 1] that loops; the last one stays for `hold` seconds. Returns the path.
+
+    All frames share one palette of 256 colours, which halves the file.
+    """
+    pictures = [to_pil(frame, scale).convert("RGB") for frame in frames]
+    palette = Image.fromarray(np.concatenate([np.asarray(picture)[::2, ::2] for picture in pictures])).quantize(256)
+    first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
     return _write(path, lambda temporary: first.save(
         temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True))
