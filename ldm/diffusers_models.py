@@ -1,0 +1,401 @@
+"""Pipelines of diffusers as models for our sampler: D(x_t, t), encode, decode, prompts, and the noise levels.
+
+    model = from_diffusers("path or hub name")          # or a pipeline object
+    constraint = latent_inpainting(model, image, mask)
+    D = PipelineDenoiser(model, "a mountain lake", guidance=3.0)
+    state = sample(D, constraint, constraint.y.shape, seeds=[0], device=model.device)
+
+All constants (betas, prediction type, scaling and shift factors, sample size, time spacing, flow shift) come from the pipeline's
+own configs. The steps are ours, DDIM or Euler: a multistep solver would carry a history from before a constraint's step. They end
+at the clean picture (alpha 1, sigma 0), as diffusers does with set_alpha_to_one. What only the pipelines' own sampling adds
+(clipping or thresholding of x0, safety checker, watermark) is not part of D.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from einops import rearrange
+
+from ldm.denoisers import PREDICTIONS, LatentDenoiser
+from ldm.schedules import CLEAN, DiffusionSchedule, FlowSchedule
+from ldm.util import resolve_device
+
+# Schedulers of one and the same diffusion, x_t = alpha_t x_0 + sigma_t eps with trained betas, by the solvers they bring along.
+DIFFUSION_SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler",
+)  # fmt: skip
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
+REVERSED = "-velocity"  # x0 - eps: the sign of InstaFlow and of Liu et al. 2023, against eps - x0 of SD3, Flux and FlowSchedule
+
+
+class PipelineSchedule(DiffusionSchedule):
+    """The betas of a pipeline's scheduler, visited at the times that diffusers' DDIMScheduler takes by its config."""
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler.betas)
+        spacing = {name: scheduler.config[name] for name in ("timestep_spacing", "steps_offset") if name in scheduler.config}
+        self.ddim = diffusers.DDIMScheduler(len(self), **spacing)
+
+    def levels(self, steps):
+        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
+        if int(steps) != steps or not 1 <= steps <= len(self):
+            raise ValueError(f"steps = {steps}: give an integer from 1 to {len(self)}, the number of training steps")
+        self.ddim.set_timesteps(int(steps))
+        return [self.level(min(t, len(self) - 1)) for t in self.ddim.timesteps.tolist()[:steps]] + [CLEAN]
+
+
+class PipelineFlowSchedule(FlowSchedule):
+    """The flow of a FlowMatchEulerDiscreteScheduler, at the scheduler's own noise levels.
+
+    mu        of a dynamic shift (Esser et al. 2024), from the number of tokens; None: the scheduler's fixed shift
+    uniform   before the shift, sigma is 1, 1 - 1/steps ... 1/steps (Flux); otherwise what the scheduler itself takes (SD3)
+    """
+
+    def __init__(self, scheduler, mu=None, uniform=True):
+        super().__init__(scheduler.shift, scheduler.config.num_train_timesteps)
+        self.scheduler, self.mu, self.uniform = copy.deepcopy(scheduler), mu, uniform
+
+    def levels(self, steps):
+        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
+        if int(steps) != steps or steps < 1:
+            raise ValueError(f"steps = {steps}: give a positive integer")
+        sigmas = np.linspace(1.0, 1 / steps, int(steps)) if self.uniform else None
+        self.scheduler.set_timesteps(int(steps), sigmas=sigmas, mu=self.mu)
+        return [self.level(min(self.scale * s, self.scale)) for s in self.scheduler.sigmas.tolist()[:-1]] + [CLEAN]
+
+
+class Network:
+    """(x_t [B, channels, h, w], t [B], context) -> prediction of x_t's shape and dtype, whatever the dtype of the weights."""
+
+    def __init__(self, model):
+        self.model, self.downsampling = model, model.multiple  # h and w have to be multiples of it
+
+    def __call__(self, x_t, t, context=None):
+        model, size = self.model, tuple(x_t.shape[2:])
+        if x_t.ndim != 4 or x_t.shape[1] != model.channels or any(n % self.downsampling for n in size):
+            raise ValueError(f"x_t has shape {list(x_t.shape)}, but this pipeline takes [B, {model.channels}, h, w] with h and w "
+                             f"divisible by {self.downsampling}")
+        if model.fixed_size and size != model.latent_size:
+            raise ValueError(f"x_t has the size {list(size)}, but the noise levels of this pipeline, which depend on it, are those "
+                             f"for {list(model.latent_size)}: give from_diffusers the size in pixels")
+        out = model.predict(x_t.to(model.dtype), t, context if context is None else context.to(model.dtype))
+        return -out.to(x_t.dtype) if model.reversed else out.to(x_t.dtype)
+
+
+class PipelineModel:
+    """What the sampler, constraints and `LatentDenoiser` need of a model (ldm.models.diffusion.ddpm.LatentDiffusion), here of a
+    diffusers pipeline on latents.
+
+    network, schedule, parameterization   see Denoiser
+    channels, latent_size, image_size     of x_t: [B, channels, *latent_size] by default; image_size is the shorter side
+    downsampling                          pixels per latent pixel
+    device, dtype                         where x_t belongs, and of the network's weights
+
+    Each family below adds `embed`, a list of prompts -> (tokens [B, M, width], pooled embedding [B, P] or None), and `predict`, the
+    network on tensors of its own dtype. Components keep their place: offloading, attention slicing, VAE tiling, quantisation and
+    LoRA of the pipeline stay in force.
+    """
+
+    component = "unet"  # of the pipeline: the network
+    default_size = None  # of latents, where it does not stand in the network's config
+    patch = None  # side of the patches of a transformer, in latent pixels
+    addition = None  # a U-Net's addition_embed_type
+    uniform = True  # see PipelineFlowSchedule
+    fixed_size = False  # whether the noise levels are those of one size
+
+    def __init__(self, pipeline, size=None, prediction=None):
+        self.pipeline = pipeline
+        self.net = getattr(pipeline, self.component)
+        self.dtype = self.net.dtype
+        self.check()
+        own = self.default_size or self.net.config.sample_size
+        own = (own, own) if isinstance(own, int) else tuple(own)
+        size = tuple(n * self.downsampling for n in own) if size is None else tuple(size)
+        multiple = self.downsampling * self.multiple
+        if len(size) != 2 or min(size) < 1 or any(n % multiple for n in size):
+            raise ValueError(f"size = {size}: give (height, width) of pictures in positive multiples of {multiple} pixels")
+        self.latent_size = tuple(n // self.downsampling for n in size)
+        self.image_size = min(self.latent_size)
+        self.network = Network(self)
+        self.schedule, self.parameterization, self.reversed = self.read_scheduler(pipeline.scheduler, prediction)
+
+    @property
+    def device(self):
+        return self.pipeline._execution_device  # of the computation, where components are offloaded
+
+    @property
+    def first_stage_model(self):
+        return self  # where LatentDiffusion has `downsampling`
+
+    @property
+    def channels(self):
+        return self.net.config.in_channels
+
+    @property
+    def downsampling(self):
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    @property
+    def multiple(self):
+        """Of latent pixels, that sides have to be."""
+        return self.patch or 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    def check(self):
+        """ValueError, with the name of what it is, for components that this adapter would misread."""
+        config, vae = self.net.config, self.pipeline.vae
+        if type(vae).__name__ != "AutoencoderKL":
+            raise ValueError(f"vae is {type(vae).__name__}: only AutoencoderKL is supported")
+        if self.channels != vae.config.latent_channels:
+            raise ValueError(f"the network takes {self.channels} channels, but the autoencoder's latents have "
+                             f"{vae.config.latent_channels}: give the plain text-to-picture pipeline")
+        for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
+            if config.get(name) is not None:
+                raise ValueError(f"{name} = {config[name]!r} in the network's config is not supported")
+        if config.get("addition_embed_type") != self.addition:
+            raise ValueError(f"addition_embed_type = {config.get('addition_embed_type')!r} in the network's config: "
+                             f"{type(self.pipeline).__name__} is supported with {self.addition!r}")
+
+    def read_scheduler(self, scheduler, prediction):
+        """(schedule, what the network predicts by the names of ldm.denoisers, whether its sign is the reverse)."""
+        name, config = type(scheduler).__name__, scheduler.config
+        flow = name == "FlowMatchEulerDiscreteScheduler"
+        if not flow and name not in DIFFUSION_SCHEDULERS:
+            raise ValueError(f"scheduler {name} is not supported; known are FlowMatchEulerDiscreteScheduler, "
+                             f"{', '.join(DIFFUSION_SCHEDULERS)}")
+        if prediction is not None and prediction not in (*PREDICTIONS, REVERSED):
+            raise ValueError(f"prediction = {prediction!r}: known are {', '.join(map(repr, (*PREDICTIONS, REVERSED)))}")
+        velocity = (prediction or "velocity" if flow else prediction) in ("velocity", REVERSED)
+        if flow:
+            if not velocity:
+                raise ValueError(f"prediction = {prediction!r}: with {name} it is 'velocity' or {REVERSED!r}")
+            for option in ("invert_sigmas", "stochastic_sampling"):
+                if config.get(option):
+                    raise ValueError(f"{option} = {config[option]!r} in the config of {name} is not supported")
+            return PipelineFlowSchedule(scheduler, self.mu(config), self.uniform), "velocity", prediction == REVERSED
+        if velocity:  # a rectified flow made of a diffusion model, whose scheduler is a relic
+            return FlowSchedule(scale=config.num_train_timesteps), "velocity", prediction == REVERSED
+        if prediction is None and config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type = {config.prediction_type!r} in the config of {name} is not supported; known are "
+                             f"{', '.join(map(repr, PREDICTION_TYPES))}")
+        return PipelineSchedule(scheduler), prediction or PREDICTION_TYPES[config.prediction_type], False
+
+    def mu(self, config):
+        """Of the dynamic shift: linear in the number of tokens. None where the shift is fixed."""
+        if not config.get("use_dynamic_shifting"):
+            return None
+        self.fixed_size = True
+        tokens = math.prod(n // self.patch for n in self.latent_size)
+        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return base + (most - base) * (tokens - first) / (last - first)
+
+    def encode(self, images):
+        """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f], the posterior's mean, shifted and scaled."""
+        f = self.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or any(n == 0 or n % f for n in images.shape[2:]):
+            raise ValueError(f"images have shape {list(images.shape)}, but this pipeline takes [B, 3, H, W] with H and W "
+                             f"divisible by {f}")
+        mean, std = self.latent_statistics(images)
+        z = self.pipeline.vae.encode(images.to(self.device, self.vae_dtype())).latent_dist.mode()
+        return (z.to(images) - mean) / std
+
+    def decode(self, z):
+        """Latents z [B, channels, h, w] -> pictures [B, 3, f h, f w], about -1 .. 1, not clipped. Differentiable."""
+        mean, std = self.latent_statistics(z)
+        return self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample.to(z)
+
+    def latent_statistics(self, like):
+        """What takes the autoencoder's latents to unit variance: (z - mean) / std."""
+        config = self.pipeline.vae.config
+        mean, std = config.get("shift_factor") or 0.0, 1 / config.scaling_factor
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, own = (torch.tensor(config[name]).to(like).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            std = own * std
+        return mean, std
+
+    def vae_dtype(self):
+        return self.pipeline.vae.dtype
+
+    def encode_prompts(self, prompts):
+        """A string or a list of B strings -> context [B, M, width] float32 for `network`; None: for no negative prompt. Where the
+        network takes a pooled embedding too, both travel as one vector, [B, 1, M * width + P]."""
+        prompts = [prompts or ""] if prompts is None or isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompts = {prompts!r}: give a string or a list of at least one string")
+        tokens, pooled = self.embed(list(prompts))
+        return (tokens if pooled is None else torch.cat([tokens.flatten(1), pooled.to(tokens)], 1)[:, None]).float()
+
+
+def unpack(context, width, pooled):
+    """The tokens [B, M, width] and the pooled embedding [B, pooled] of a context by `encode_prompts`."""
+    return context[:, 0, :-pooled].unflatten(1, (-1, width)), context[:, 0, -pooled:]
+
+
+class Pixels(PipelineModel):
+    """DDPMPipeline and DDIMPipeline: an unconditional UNet2DModel on pixels; encode and decode are the identity."""
+
+    downsampling = 1
+
+    def check(self):
+        config = self.net.config
+        if type(self.net).__name__ != "UNet2DModel":
+            raise ValueError(f"unet is {type(self.net).__name__}: {type(self.pipeline).__name__} is supported with UNet2DModel")
+        if config.num_class_embeds is not None or config.class_embed_type is not None:
+            raise ValueError("the UNet2DModel is class-conditional, which is not supported")
+        if config.out_channels != config.in_channels:
+            raise ValueError(f"the UNet2DModel predicts {config.out_channels} channels of {config.in_channels}: learned variances "
+                             "are not supported")
+
+    def encode(self, images):
+        return images
+
+    def decode(self, z):
+        return z
+
+    def encode_prompts(self, prompts):
+        raise ValueError(f"{type(self.pipeline).__name__} has no text encoder: it is unconditional, take ldm.denoisers.Denoiser")
+
+    def predict(self, x_t, t, context):
+        return self.net(x_t, t, return_dict=False)[0]
+
+
+class StableDiffusion(PipelineModel):
+    """StableDiffusionPipeline, versions 1 and 2, and rectified flows of its U-Net (InstaFlow)."""
+
+    def embed(self, prompts):
+        return self.pipeline.encode_prompt(prompts, self.device, 1, False)[0], None
+
+    def predict(self, x_t, t, context):
+        return self.net(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+
+
+class StableDiffusionXL(PipelineModel):
+    """StableDiffusionXLPipeline: two text encoders, and the pictures' size as a condition (without crop)."""
+
+    addition = "text_time"
+
+    def embed(self, prompts):
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        return tokens, pooled
+
+    def encode_prompts(self, prompts):
+        context = super().encode_prompts(prompts)
+        zeros = prompts is None and self.pipeline.config.get("force_zeros_for_empty_prompt", True)
+        return torch.zeros_like(context) if zeros else context
+
+    def predict(self, x_t, t, context):
+        config = self.net.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        tokens, pooled = unpack(context, config.cross_attention_dim, pooled)
+        h, w = (n * self.downsampling for n in x_t.shape[2:])
+        time_ids = torch.tensor([[h, w, 0, 0, h, w]], dtype=x_t.dtype, device=x_t.device).expand(len(x_t), -1)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.net(x_t, t, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0]
+
+    def vae_dtype(self):
+        """Its float16 autoencoder overflows where its config says so: then it becomes float32, and stays."""
+        vae = self.pipeline.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(dtype=torch.float32)
+        return vae.dtype
+
+
+class StableDiffusion3(PipelineModel):
+    """StableDiffusion3Pipeline: a flow, two or three text encoders."""
+
+    component, uniform = "transformer", False
+
+    @property
+    def patch(self):
+        return self.pipeline.transformer.config.patch_size
+
+    def embed(self, prompts):
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, self.device, do_classifier_free_guidance=False)
+        return tokens, pooled
+
+    def predict(self, x_t, t, context):
+        config = self.net.config
+        tokens, pooled = unpack(context, config.joint_attention_dim, config.pooled_projection_dim)
+        return self.net(x_t, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=t, return_dict=False)[0]
+
+
+class Flux(PipelineModel):
+    """FluxPipeline: a flow on 2 x 2 patches of latents. Models distilled for guidance (FLUX.1-dev) take its scale as an input,
+    `embedded_guidance`; classifier-free guidance besides is diffusers' true_cfg_scale."""
+
+    component, patch = "transformer", 2
+    embedded_guidance = 3.5
+
+    @property
+    def default_size(self):
+        return self.pipeline.default_sample_size
+
+    @property
+    def channels(self):
+        return self.net.config.in_channels // 4
+
+    def embed(self, prompts):
+        return self.pipeline.encode_prompt(prompts, None, self.device)[:2]
+
+    def predict(self, x_t, t, context):
+        config, (h, w) = self.net.config, (n // 2 for n in x_t.shape[2:])
+        tokens, pooled = unpack(context, config.joint_attention_dim, config.pooled_projection_dim)
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(x_t)  # [h w, 3]
+        guidance = torch.full_like(t, self.embedded_guidance) if config.guidance_embeds else None
+        out = self.net(hidden_states=rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
+                       timestep=t / self.schedule.scale, guidance=guidance, encoder_hidden_states=tokens, pooled_projections=pooled,
+                       txt_ids=tokens.new_zeros(tokens.shape[1], 3), img_ids=places, return_dict=False)[0]  # fmt: skip
+        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
+
+
+FAMILIES = {  # pipeline's class: (adapter, the prediction where the configs do not tell)
+    "DDPMPipeline": (Pixels, None), "DDIMPipeline": (Pixels, None),
+    "StableDiffusionPipeline": (StableDiffusion, None), "StableDiffusionXLPipeline": (StableDiffusionXL, None),
+    "StableDiffusion3Pipeline": (StableDiffusion3, None), "FluxPipeline": (Flux, None),
+    "InstaFlowPipeline": (StableDiffusion, REVERSED),
+}  # fmt: skip
+
+
+def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, **kwargs):
+    """A diffusers pipeline as a model for the sampler: a PipelineModel.
+
+    source      a pipeline object, (unet, scheduler) of a pixel model, or a path or hub name for DiffusionPipeline.from_pretrained,
+                with further arguments `kwargs` (variant, custom_pipeline ...)
+    size        (height, width) of the pictures, in pixels; None: the pipeline's own. Noise levels of flows may depend on it
+    prediction  "eps", "v", "x0", "velocity" (eps - x0) or "-velocity" (x0 - eps: InstaFlow loaded as a plain
+                StableDiffusionPipeline) instead of the scheduler's prediction_type
+    device, dtype   None: where and what the pipeline is; of a path or name "auto" and float32
+
+    ValueError, naming it, for a pipeline, scheduler, component or prediction type that is not supported.
+    """
+    if isinstance(source, (str, Path)):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32, **kwargs)
+        pipeline.to(resolve_device("auto" if device is None else device))
+    else:
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: only for a path or name, but source is a {type(source).__name__}")
+        pipeline = diffusers.DDPMPipeline(*source) if isinstance(source, (tuple, list)) else source
+        if device is not None or dtype is not None:
+            pipeline.to(*[x for x in (device and resolve_device(device), dtype) if x is not None])
+    known = [c.__name__ for c in type(pipeline).__mro__ if c.__name__ in FAMILIES]
+    if not known:
+        raise ValueError(f"{type(pipeline).__name__} is not supported; known are {', '.join(FAMILIES)}")
+    adapter, own = FAMILIES[known[0]]
+    return adapter(pipeline, size, prediction or own)
+
+
+class PipelineDenoiser(LatentDenoiser):
+    """LatentDenoiser with what the pipeline itself takes where no negative prompt is given: zeros for SDXL."""
+
+    def __init__(self, model, prompts, guidance=1.0, negative_prompts=None):
+        super().__init__(model, prompts, guidance, negative_prompts)
+        if negative_prompts is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.negative_tokens = model.encode_prompts(None)
