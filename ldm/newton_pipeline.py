@@ -1,0 +1,206 @@
+"""A diffusers pipeline that inpaints by inexact Newton steps, with any text-to-picture model: forward passes only, no training.
+
+    from ldm.newton_pipeline import NewtonConstrainedPipeline
+    pipe = NewtonConstrainedPipeline.from_pretrained("path or hub name")
+    picture = pipe("a mountain lake", image=photo, mask_image=mask).images[0]     # white in the mask: to be filled in
+
+or `DiffusionPipeline.from_pretrained(..., custom_pipeline="ldm/newton_pipeline.py", trust_remote_code=True)`, or around a pipeline
+that is loaded already, `NewtonConstrainedPipeline(**pipe.components)`. The sampler, the constraints and the models' adapters are
+those of this repository, which has to be installed (pip install -e .).
+"""
+
+from itertools import pairwise
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    ImagePipelineOutput,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from ldm.constraints import latent_inpainting
+from ldm.diffusers_models import PipelineDenoiser, from_diffusers
+from ldm.inpainting import blend, check_mask
+from ldm.newton_sampler import H, jvp, unit
+
+
+class NewtonConstrainedPipeline(DiffusionPipeline):
+    """Components as in StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline or FluxPipeline; which of them
+    it is follows from the network. The scheduler gives the noise levels; the steps are DDIM's or Euler's, whatever its solver."""
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
+                            "tokenizer_3", "safety_checker", "feature_extractor", "image_encoder"]  # fmt: skip
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "x0"]
+
+    def __init__(self, vae, scheduler, unet=None, transformer=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
+                 tokenizer_2=None, text_encoder_3=None, tokenizer_3=None, safety_checker=None, feature_extractor=None,
+                 image_encoder=None, force_zeros_for_empty_prompt=True):  # fmt: skip
+        super().__init__()
+        self.register_modules(
+            vae=vae, scheduler=scheduler, unet=unet, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+            safety_checker=safety_checker, feature_extractor=feature_extractor, image_encoder=image_encoder)  # fmt: skip
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        from_diffusers(self.plain_pipeline())  # refuses at once what cannot be sampled
+
+    def plain_pipeline(self):
+        """Diffusers' own pipeline of these components."""
+        network = type(self.unet if self.transformer is None else self.transformer).__name__
+        names, options = ["vae", "scheduler", "text_encoder", "tokenizer"], {}
+        if network == "UNet2DConditionModel" and self.text_encoder_2 is None:
+            cls, names = StableDiffusionPipeline, [*names, "unet", "safety_checker", "feature_extractor"]
+            options = {"requires_safety_checker": False}
+        elif network == "UNet2DConditionModel":
+            cls, names = StableDiffusionXLPipeline, [*names, "unet", "text_encoder_2", "tokenizer_2"]
+            options = {"force_zeros_for_empty_prompt": self.config.force_zeros_for_empty_prompt, "add_watermarker": False}
+        elif network == "SD3Transformer2DModel":
+            cls = StableDiffusion3Pipeline
+            names = [*names, "transformer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+        elif network == "FluxTransformer2DModel":
+            cls, names = FluxPipeline, [*names, "transformer", "text_encoder_2", "tokenizer_2"]
+        else:
+            raise ValueError(f"the network is {network}; known are UNet2DConditionModel, SD3Transformer2DModel and "
+                             "FluxTransformer2DModel")
+        return cls(**{name: getattr(self, name) for name in names}, **options)
+
+    @property
+    def num_timesteps(self):
+        return self._num_timesteps
+
+    @property
+    def interrupt(self):
+        """A callback that sets `_interrupt` ends the sampling after its step."""
+        return self._interrupt
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt="",                      # a string or a list
+        image=None,                     # PIL pictures, arrays or tensors in 0 .. 1: one for all, or a list
+        mask_image=None,                # white (1): to be filled in, black (0): kept
+        height=None,                    # in pixels; None: the image's, rounded down to what the network takes
+        width=None,
+        num_inference_steps=20,
+        guidance_scale=3.0,             # classifier-free guidance s, at any value; of Flux the scale that is its input
+        true_cfg_scale=1.0,             # of Flux: classifier-free guidance s
+        negative_prompt=None,
+        num_images_per_prompt=1,
+        newton_steps=5,                 # inner steps at each diffusion step: 2 network evaluations each; 0 samples freely
+        lr=(0.5, 0.1),                  # their length in |.|_inf, from the first diffusion step to the last, or one number
+        h=None,                         # finite-difference length; None: by the network's dtype
+        eta=0.0,                        # 0: DDIM, 1: ancestral noise
+        seam="poisson",                 # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
+        constraint=None,                # instead of image and mask: a function model -> constraint (ldm/constraints.py)
+        generator=None,                 # one torch.Generator, or a list of one per picture
+        latents=None,                   # the noise to start from [B, channels, h, w]
+        output_type="pil",              # "pil", "np", "pt" or "latent"
+        return_dict=True,
+        callback_on_step_end=None,      # (pipe, step, t, {"latents": ...}) -> dict, in which other latents may stand
+        callback_on_step_end_tensor_inputs=("latents",),
+    ):  # fmt: skip
+        """Pictures whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. There is no `strength`:
+        sampling starts from noise, and the constraint alone holds the known part. ValueError for arguments that do not fit."""
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: known are {self._callback_tensor_inputs}")
+        plain, device, picture, mask = self.plain_pipeline(), self._execution_device, None, None
+        if constraint is None and (newton_steps or image is not None):
+            multiple = (model := from_diffusers(plain)).downsampling * model.multiple
+            picture, mask = self.read_inputs(image, mask_image, height, width, multiple)
+            height, width = picture.shape[2:]
+        elif image is not None or mask_image is not None:
+            raise ValueError("constraint was given beside image or mask_image: give either")
+        model = from_diffusers(plain, size=None if None in (height, width) else (height, width))
+        prompt, negative_prompt, picture, mask = self.as_batch(num_images_per_prompt, prompt, negative_prompt, picture, mask)
+        shape = (len(prompt), model.channels, *model.latent_size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}: {list(shape)} is needed")
+        if isinstance(generator, list) and len(generator) != len(prompt):
+            raise ValueError(f"generator is a list of {len(generator)}: give one for each of the {len(prompt)} pictures")
+        if isinstance(plain, FluxPipeline):
+            model.embedded_guidance, guidance_scale = guidance_scale, true_cfg_scale
+        if picture is not None:
+            constraint = latent_inpainting(model, picture, mask)
+        elif constraint is not None:
+            constraint = constraint(model)
+        D, h = PipelineDenoiser(model, prompt, guidance_scale, negative_prompt), h or H[model.dtype]
+        lr_first, lr_last = lr if isinstance(lr, (tuple, list)) else (lr, lr)
+        if newton_steps != int(newton_steps) or newton_steps < 0 or not min(lr_first, lr_last) > 0 or not 0 <= eta <= 1:
+            raise ValueError(f"newton_steps = {newton_steps}, lr = {lr}, eta = {eta}: give an integer >= 0, positive numbers, and "
+                             "a number from 0 to 1")  # fmt: skip
+        levels = list(pairwise(D.schedule.levels(num_inference_steps)))
+        self._num_timesteps, self._interrupt = len(levels), False
+
+        def noise():
+            return randn_tensor(shape, generator, device, torch.float32)
+
+        x_t = noise() if latents is None else latents.to(device, torch.float32)
+        with self.progress_bar(total=len(levels)) as bar:
+            for i, (now, to) in enumerate(levels):
+                x0, lr_now = D(x_t, now.t), lr_first + (lr_last - lr_first) * i / max(len(levels) - 1, 1)
+                for _ in range(newton_steps):
+                    e, _ = constraint(x0)
+                    x_t = x_t + lr_now * unit(jvp(D, x_t, now.t, e, x0, h))
+                    x0 = D(x_t, now.t)
+                x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
+                if callback_on_step_end is not None:
+                    values = {"latents": x_t, "x0": x0}
+                    chosen = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+                    x_t = callback_on_step_end(self, i, torch.tensor(now.t), chosen).pop("latents", x_t)
+                bar.update()
+                if self.interrupt:
+                    break
+        images = x_t if output_type == "latent" else self.finish(plain, model.decode(x_t), picture, mask, seam, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def read_inputs(self, image, mask_image, height, width, multiple):
+        """Pictures [n, 3, H, W] in -1 .. 1 and masks [m, 1, H, W], 1 where known, with H and W multiples of `multiple`."""
+        for name, value in {"image": image, "mask_image": mask_image}.items():
+            if value is None:
+                raise ValueError(f"{name} is missing: give image and mask_image, or constraint")
+        own = [VaeImageProcessor(vae_scale_factor=1).preprocess(x).shape[2:] for x in (image, mask_image)]
+        if own[0] != own[1]:
+            raise ValueError(f"mask_image has {own[1][0]} x {own[1][1]} pixels, but image has {own[0][0]} x {own[0][1]}: give two "
+                             "of the same size")  # fmt: skip
+        pictures = VaeImageProcessor(vae_scale_factor=multiple, do_convert_rgb=True)
+        masks = VaeImageProcessor(vae_scale_factor=multiple, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        picture, hole = pictures.preprocess(image, height, width), masks.preprocess(mask_image, height, width)
+        if picture.shape[1] != 3 or hole.shape[1] != 1:
+            raise ValueError(f"image has {picture.shape[1]} and mask_image {hole.shape[1]} channels: give 3 and 1")
+        return picture.to(self._execution_device, torch.float32), check_mask(1 - hole).to(self._execution_device, torch.float32)
+
+    @staticmethod
+    def as_batch(each, prompt, negative_prompt, picture, mask):
+        """The four with one row for each result: `each` for each prompt, or for each picture where these are more."""
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": picture, "mask_image": mask}
+        given = {name: [x] if isinstance(x, str) else x for name, x in given.items()}
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(given[name], (list, tuple)) and (given[name] is not None or name == "prompt"):
+                raise ValueError(f"{name} = {given[name]!r}: give a string or a list of strings")
+        batch = max(len(x) for x in given.values() if x is not None)
+        for name, x in given.items():
+            if x is not None and len(x) not in (1, batch):
+                raise ValueError(f"{name} has {len(x)} entries where another argument has {batch}: give as many, or one for all")
+            if isinstance(x, (list, tuple)):
+                given[name] = [text for text in list(x) * (batch // len(x)) for _ in range(each)]
+            elif x is not None:
+                given[name] = x.expand(batch, *x.shape[1:]).repeat_interleave(each, 0)
+        return given.values()
+
+    def finish(self, plain, images, picture, mask, seam, output_type):
+        """Decoded pictures with the known pixels put back, past the safety checker if there is one, in the form asked for."""
+        images = images.clamp(-1, 1)
+        if picture is not None:
+            images = blend(images, picture, mask, **({"poisson": True} if seam == "poisson" else {"feather": seam}))
+        safe = None
+        if getattr(plain, "safety_checker", None) is not None:
+            images, flagged = plain.run_safety_checker(images, images.device, self.vae.dtype)
+            safe = [not flag for flag in flagged]  # a flagged picture comes back black
+        return plain.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)

@@ -1,0 +1,205 @@
+"""The diffusers-style pipeline: what a diffusers user expects of it, and that it is our sampler."""
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from common import ROOT
+from PIL import Image
+from test_diffusers import build, tokenizer  # noqa: F401 (a fixture)
+
+from ldm.constraints import DecodedConstraint, latent_inpainting
+from ldm.denoisers import LatentDenoiser
+from ldm.diffusers_models import from_diffusers
+from ldm.images import from_uint8
+from ldm.inpainting import blend, make_mask
+from ldm.newton_pipeline import NewtonConstrainedPipeline
+from ldm.newton_sampler import H, sample
+from ldm.operators import downsample
+
+PROMPTS = ["a red cat", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer):  # noqa: F811
+    return quiet(NewtonConstrainedPipeline(**build("sd", tokenizer).components))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.effect_noise((16, 16), 60).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return Image.fromarray(np.uint8(255 * (np.arange(16) >= 8))[None].repeat(16, 0))  # the right half is to be filled in
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+FAST = dict(num_inference_steps=3, newton_steps=1, h=0.05)
+
+
+def test_it_is_the_library_s_sampler(pipe, picture, mask):
+    out = pipe(PROMPTS, picture, mask, generator=seeds(3, 4), output_type="latent", negative_prompt="ugly", **FAST)
+    model = from_diffusers(pipe.plain_pipeline())
+    image = from_uint8(picture).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
+    constraint = latent_inpainting(model, image, make_mask("right", (16, 16)))
+    D = LatentDenoiser(model, PROMPTS, 3.0, "ugly")
+    state = sample(D, constraint, constraint.y.shape, [3, 4], steps=3, newton_steps=1, h=0.05)
+    assert torch.allclose(out.images, state.x_t, atol=1e-4)
+    pictures = pipe(PROMPTS, picture, mask, generator=seeds(3, 4), output_type="pt", negative_prompt="ugly", **FAST).images
+    with torch.no_grad():
+        expected = blend(model.decode(state.x_t).clamp(-1, 1), image, make_mask("right", (16, 16)), poisson=True)
+    assert torch.allclose(pictures, expected / 2 + 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("seam", ["poisson", 0])
+def test_known_pixels_are_exact(seam, pipe, picture, mask):
+    result = pipe("a cat", picture, mask, generator=seeds(0), seam=seam, **FAST).images[0]
+    assert isinstance(result, Image.Image) and result.size == picture.size
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(picture)[:, :8])
+    assert not np.array_equal(np.asarray(result)[:, 8:], np.asarray(picture)[:, 8:])
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_every_family(family, tokenizer, picture, mask):  # noqa: F811
+    """Constrained; and without inner steps what diffusers' own pipeline makes of the same noise."""
+    own = build(family, tokenizer)
+    pipe = quiet(NewtonConstrainedPipeline(**own.components))
+    result = pipe("a cat", picture, mask, generator=seeds(0), **FAST).images[0]
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(picture)[:, :8])
+    guidance = dict(guidance_scale=3.5, true_cfg_scale=2.0) if family == "flux" else dict(guidance_scale=2.0)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    same = dict(height=16, width=16, num_inference_steps=3, output_type="pt", negative_prompt="ugly", **guidance)
+    free = pipe("a cat", newton_steps=0, latents=x, **same).images
+    theirs = own("a cat", latents=own._pack_latents(x, *x.shape) if family == "flux" else x.clone(), **same).images
+    assert (free - theirs).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("pipeline")
+    build("sd", tokenizer).save_pretrained(path)
+    return path
+
+
+def test_loads_from_a_folder_and_as_a_custom_pipeline(folder, picture, mask, pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))  # where the file is copied to
+    custom = diffusers.DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=str(ROOT / "ldm/newton_pipeline.py"), trust_remote_code=True)  # fmt: skip
+    assert type(custom).__name__ == "NewtonConstrainedPipeline" and type(custom).__module__ != NewtonConstrainedPipeline.__module__
+    named = NewtonConstrainedPipeline.from_pretrained(folder)
+    expected = pipe("a cat", picture, mask, generator=seeds(0), output_type="np", **FAST).images
+    for loaded in (custom, named):
+        result = quiet(loaded)("a cat", picture, mask, generator=seeds(0), output_type="np", **FAST).images
+        assert result.shape == (1, 16, 16, 3) and np.allclose(result, expected, atol=1e-4)
+    named.save_pretrained(tmp_path / "again")
+    assert "NewtonConstrainedPipeline" in Path(tmp_path / "again/model_index.json").read_text()
+
+
+def test_batches_and_generators(pipe, picture, mask):
+    both = pipe(PROMPTS, picture, mask, generator=seeds(3, 4), output_type="pt", **FAST).images
+    alone = pipe(PROMPTS[1], [picture], mask, generator=seeds(4), output_type="pt", **FAST).images
+    assert (both[1] - alone[0]).abs().max() < 1e-3
+    twice = pipe(PROMPTS, picture, mask, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), **FAST).images
+    assert len(twice) == 4
+    assert len(pipe("a cat", [picture, picture], mask, generator=torch.Generator().manual_seed(0), **FAST).images) == 2
+    assert isinstance(pipe("a cat", picture, mask, return_dict=False, **FAST), tuple)
+
+
+def test_callbacks_see_and_change_the_latents(pipe, picture, mask):
+    seen = []
+
+    def watch(own, i, t, values):
+        assert own is pipe and set(values) == {"latents", "x0"}
+        seen.append((i, float(t)))
+        return {"latents": torch.zeros_like(values["latents"])} if i == 2 else values
+
+    out = pipe("a cat", picture, mask, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["latents", "x0"],
+               output_type="latent", **FAST)  # fmt: skip
+    assert [t for _, t in seen] == [999, 666, 332] and pipe.num_timesteps == 3 and not out.images.any()
+
+    def stop(own, i, t, values):
+        own._interrupt = i == 0
+        seen.append(i)
+        return {}
+
+    seen.clear()
+    pipe("a cat", picture, mask, callback_on_step_end=stop, **FAST)
+    assert seen == [0]
+
+
+def test_a_progress_bar_is_shown(pipe, picture, mask, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    pipe("a cat", picture, mask, **FAST)
+    quiet(pipe)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_any_other_constraint(pipe):
+    """Super-resolution: a function that makes the constraint of the model."""
+    y = torch.zeros(1, 3, 8, 8)
+    options = dict(generator=seeds(0), output_type="latent", **FAST)
+    free = pipe("a cat", **{**options, "newton_steps": 0}).images
+    made = pipe("a cat", constraint=lambda model: DecodedConstraint(model.decode, downsample((16, 16), 2), y),
+                **{**options, "generator": seeds(0)}).images  # fmt: skip
+    assert made.shape == (1, 4, 8, 8) and not torch.allclose(made, free, atol=1e-2)
+
+
+def test_sizes(pipe, picture, mask):
+    wide, wide_mask = picture.resize((27, 17)), mask.resize((27, 17))
+    assert pipe("a cat", wide, wide_mask, **FAST).images[0].size == (24, 16)  # rounded down to multiples of 4
+    assert pipe("a cat", picture, mask, height=24, width=32, **FAST).images[0].size == (32, 24)
+
+
+def test_half_precision_and_the_safety_checker(tokenizer, picture, mask):  # noqa: F811
+    class Features:
+        pixel_values = torch.zeros(2, 3, 8, 8)
+
+        def __call__(self, images, return_tensors):
+            return self
+
+        def to(self, device):
+            return self
+
+    own = build("sd", tokenizer)
+    only_the_second = lambda images, clip_input: (images * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), [True, False])  # noqa: E731
+    own.register_modules(safety_checker=only_the_second, feature_extractor=Features())
+    pipe = quiet(NewtonConstrainedPipeline(**own.components)).to(torch.bfloat16)
+    black, result = pipe(PROMPTS, picture, mask, generator=seeds(0, 1), num_inference_steps=2, newton_steps=1).images
+    assert H[torch.bfloat16] == 0.2 and not np.asarray(black).any()
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(picture)[:, :8])
+
+
+def test_wrong_arguments_are_one_sentence(pipe, picture, mask, tokenizer):  # noqa: F811
+    for arguments, message in [
+        (dict(image=picture), "mask_image is missing"), (dict(mask_image=mask), "image is missing"),
+        (dict(image=picture, mask_image=mask.resize((8, 8))), "mask_image has 8 x 8 pixels, but image has 16 x 16"),
+        (dict(image=picture, mask_image=Image.new("L", (16, 16))), "mask has no hole"),
+        (dict(image=picture, mask_image=mask, constraint=print), "constraint was given beside"),
+        (dict(image=[picture] * 3, mask_image=mask, prompt=PROMPTS), "prompt has 2 entries where another argument has 3"),
+        (dict(image=picture, mask_image=mask, latents=torch.zeros(1, 4, 4, 4)), r"latents have shape \[1, 4, 4, 4\]"),
+        (dict(image=picture, mask_image=mask, generator=seeds(0, 1)), "generator is a list of 2"),
+        (dict(image=picture, mask_image=mask, newton_steps=-1), "newton_steps = -1"),
+        (dict(image=picture, mask_image=mask, prompt=3), "prompt = 3: give a string"),
+        (dict(), "image is missing: give image and mask_image, or constraint"),
+        (dict(image=picture, mask_image=mask, callback_on_step_end_tensor_inputs=["noise"]), "tensor_inputs has"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pipe(**{"prompt": "a cat", **arguments})
+    components = build("sd", tokenizer).components
+    with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
+        NewtonConstrainedPipeline(**{**components, "scheduler": diffusers.EDMEulerScheduler()})
+    with pytest.raises(ValueError, match="the network is PixArtTransformer2DModel; known are"):
+        NewtonConstrainedPipeline(components["vae"], components["scheduler"],
+                                  transformer=diffusers.PixArtTransformer2DModel(num_layers=1))  # fmt: skip
