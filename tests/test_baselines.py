@@ -1,0 +1,161 @@
+"""The other methods: their costs by formula, their contracts, and on a Gaussian, where the posterior is known, their documented bias."""
+
+import pytest
+import torch
+from test_newton_sampler import draw, half_mask, known, tiny_unet
+from test_solver import posterior
+
+from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
+from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
+from ldm.denoisers import Denoiser
+from ldm.newton_sampler import sample
+from ldm.operators import Mask, box_average, downsample, measure
+
+SHAPE = (8, 1, 8, 8)
+UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
+
+
+def last(generator):
+    for state in generator:  # noqa: B007
+        pass
+    return state
+
+
+def psld_on_pixels(D, constraint, *args, **kwargs):
+    """PSLD with a decoder and an encoder that change nothing."""
+    return psld(D, DecodedConstraint(lambda x: x, constraint.A, constraint.y), lambda x: x, *args, **kwargs)
+
+
+# method, settings for few steps, forward and backward evaluations of D
+METHODS = {
+    "dps": (dps, dict(steps=6), 6, 6),
+    "gradient steps": (gradient_steps, dict(steps=3, gradient_steps=2), 9, 6),
+    "mpgd": (mpgd, dict(steps=6), 6, 0),
+    "ddnm": (ddnm, dict(steps=6), 6, 0),
+    "psld": (psld_on_pixels, dict(steps=6), 6, 6),
+    "repaint": (repaint, dict(steps=4, resamples=3), 10, 0),
+    "diffpir": (diffpir, dict(steps=6), 6, 0),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+class Counting:
+    """D that counts its forward and backward evaluations."""
+
+    def __init__(self, D):
+        self.D, self.schedule, self.forward, self.backward = D, D.schedule, 0, 0
+
+    def __call__(self, x_t, t):
+        self.forward += 1
+        x0 = self.D(x_t, t)
+        if x0.requires_grad:
+            x0.register_hook(self.count)
+        return x0
+
+    def count(self, gradient):
+        self.backward += 1
+
+
+def test_evaluations_are_as_documented(gaussian, method):
+    function, settings, forward, backward = method
+    D = Counting(gaussian)
+    states = list(function(D, known(draw(gaussian, 8), half_mask()), SHAPE, range(8), **settings))
+    assert (states[-1].nfe, D.forward, D.backward) == (forward, forward, backward)
+    assert [s.step for s in states] == list(range(1, settings["steps"] + 1))
+    assert not states[-1].x_t.requires_grad and states[-1].residual.shape == (8,) and states[-1].x_t.shape == SHAPE
+
+
+def test_samples_of_a_batch_are_independent(gaussian, schedule, method):
+    function, settings, *_ = method
+    images, masks = draw(gaussian, 8).double(), (torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+    masks[5] = 0  # nothing known
+    D = Denoiser(tiny_unet().double(), schedule, "v")
+    together = last(function(D, known(images, masks), SHAPE, range(8), dtype=torch.float64, **settings))
+    assert torch.isfinite(together.x_t).all()
+    for i in (0, 5, 7):
+        one = known(images[i : i + 1], masks[i : i + 1])
+        alone = last(function(D, one, (1, 1, 8, 8), [i], dtype=torch.float64, **settings))
+        assert (alone.x_t - together.x_t[i]).abs().max() < 1e-6
+
+
+def test_same_seed_same_result_other_seed_other_result(gaussian, method):
+    function, settings, *_ = method
+    constraint = known(draw(gaussian, 8), half_mask())
+    a, b, c = (last(function(gaussian, constraint, SHAPE, s, **settings)).x_t for s in (range(8), range(8), range(1, 9)))
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+
+
+def test_gradient_steps_are_newton_steps_where_J_is_symmetric(gaussian):
+    """The Gaussian's J is: both loops have to take the same steps, the one by back-propagation, the other by differences."""
+    constraint = known(draw(gaussian, 8).double(), half_mask())
+    settings = dict(steps=6, dtype=torch.float64)
+    a = last(gradient_steps(gaussian, constraint, SHAPE, range(8), gradient_steps=3, **settings)).x_t
+    b = sample(gaussian, constraint, SHAPE, range(8), newton_steps=3, **settings).x_t
+    assert (a - b).abs().max() < 1e-6
+
+
+def test_gradient_steps_take_any_constraint(gaussian):
+    loss = lambda x0: (x0.mean((1, 2, 3)) - 1).square()  # noqa: E731
+    x = last(gradient_steps(gaussian, LossConstraint(loss), SHAPE, range(8))).x_t
+    assert loss(x).mean() < 0.2 * loss(sample(gaussian, None, SHAPE, range(8)).x_t).mean()
+
+
+@pytest.mark.parametrize("A", [Mask(half_mask()), box_average((8, 8), 2), downsample((8, 8), 4)], ids=["half", "box", "bicubic"])
+@pytest.mark.parametrize("function", [ddnm, diffpir])
+def test_projections_meet_what_is_consistent(gaussian, function, A):
+    assert last(function(gaussian, LinearConstraint(A, A(draw(gaussian, 8))), SHAPE, range(8), steps=10)).residual.max() < 5e-3
+
+
+# The bias on the Gaussian with its left half known, 400 samples: (settings, sigma_y, root mean square error of the unknown half's mean
+# (the prior's is 0.4 to 0.5, the standard error 0.05), ratio of its variance to the posterior's, RMS residual of the known half), bounds.
+BIAS = {
+    "mpgd: fits the noise": (mpgd, dict(), 0.2, (0.0, 0.2), (0.85, 1.1), (0.0, 1e-3)),
+    "ddnm: nearly exact without noise": (ddnm, dict(), 0.0, (0.0, 0.2), (0.85, 1.1), (0.0, 1e-4)),
+    "diffpir: mean short of the posterior's": (diffpir, dict(), 0.0, (0.15, 0.4), (0.8, 1.05), (0.0, 1e-2)),
+    "dps: misses what is known exactly, variance too small": (dps, dict(steps=200), 0.0, (0.12, 0.4), (0.8, 1.05), (0.03, 0.2)),
+    "dps: does not know sigma_y, fits the noise": (dps, dict(steps=200), 0.2, (0.12, 0.4), (0.8, 1.05), (0.03, 0.15)),
+    "repaint: variance too small": (repaint, dict(steps=50, resamples=5), 0.0, (0.05, 0.3), (0.7, 0.95), (0.0, 1e-6)),
+    "gradient steps: overshoots the mean": (gradient_steps, dict(), 0.0, (0.4, 0.8), (0.65, 0.9), (0.005, 0.06)),
+}
+
+
+@pytest.mark.parametrize("name", BIAS)
+def test_bias_on_a_gaussian(gaussian, name):
+    function, settings, sigma_y, error, ratio, residual = BIAS[name]
+    n, A = 400, Mask(half_mask().double())
+    x = gaussian.mean + torch.linalg.cholesky(gaussian.cov) @ torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
+    y = measure(A, x.view(1, 1, 8, 8), sigma_y, [5])
+    mean, cov = posterior(gaussian, A, y, sigma_y)
+    constraint = LinearConstraint(A, y.expand(n, -1, -1, -1))
+    settings = settings | (dict(sigma_y=sigma_y) if function in (ddnm, diffpir) else {})
+    x_t = last(function(gaussian, constraint, (n, 1, 8, 8), range(n), dtype=torch.float64, **settings)).x_t
+    found = x_t.flatten(1)[:, UNKNOWN]
+    measured = ((found.mean(0) - mean[UNKNOWN]).square().mean().sqrt(), found.var(0).mean() / cov.diagonal()[UNKNOWN].mean(),
+                constraint(x_t)[1].mean())  # fmt: skip
+    for value, (low, high) in zip(measured, (error, ratio, residual), strict=True):
+        assert low <= value <= high, [m.item() for m in measured]
+
+
+@pytest.mark.parametrize("function, wrong, words", [
+    (dps, dict(zeta=0), "zeta = 0"), (dps, dict(eta=2), "= 2"), (mpgd, dict(scale=-1), "scale = -1"), (mpgd, dict(steps=0), "steps = 0"),
+    (gradient_steps, dict(lr=0), "lr = 0"), (repaint, dict(resamples=0), "resamples = 0"), (diffpir, dict(zeta=1.5), "= 1.5"),
+])  # fmt: skip
+def test_wrong_arguments_are_named_at_once(gaussian, function, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        function(gaussian, known(draw(gaussian, 8), half_mask()), SHAPE, range(8), **wrong)
+
+
+def test_repaint_takes_masks_only(gaussian):
+    A = box_average((8, 8), 2)
+    with pytest.raises(ValueError, match="Separable"):
+        repaint(gaussian, LinearConstraint(A, A(draw(gaussian, 8))), SHAPE, range(8))
+
+
+def test_ddnm_needs_a_pseudo_inverse(gaussian):
+    A = Mask(half_mask()) @ box_average((8, 8), 1)
+    with pytest.raises(ValueError, match="pseudo-inverse"):
+        ddnm(gaussian, LinearConstraint(A, A(draw(gaussian, 8))), SHAPE, range(8))
