@@ -13,6 +13,7 @@ at the clean picture (alpha 1, sigma 0), as diffusers does with set_alpha_to_one
 
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -376,7 +377,9 @@ def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, 
     ValueError, naming it, for a pipeline, scheduler, component or prediction type that is not supported.
     """
     if isinstance(source, (str, Path)):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32, **kwargs)
+        with warnings.catch_warnings():  # the newer name of the argument is unknown to older versions, which would ignore it
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32, **kwargs)
         pipeline.to(resolve_device("auto" if device is None else device))
     else:
         if kwargs:
@@ -396,6 +399,6 @@ class PipelineDenoiser(LatentDenoiser):
 
     def __init__(self, model, prompts, guidance=1.0, negative_prompts=None):
         super().__init__(model, prompts, guidance, negative_prompts)
-        if negative_prompts is None:
+        if negative_prompts is None and isinstance(model, PipelineModel):
             with torch.inference_mode(False), torch.no_grad():
                 self.negative_tokens = model.encode_prompts(None)

@@ -18,6 +18,7 @@ from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.diffusers_models import PipelineDenoiser, from_diffusers
 from ldm.inpainting import make_mask
 from ldm.newton_sampler import jvp, sample, seeded_noise
+from ldm.schedules import CLEAN
 
 FAMILIES = ["pixels", "sd", "sd-v", "sdxl", "sd3", "flux", "sd-flow", "instaflow"]
 TEXT = [name for name in FAMILIES if name != "pixels"]
@@ -311,6 +312,18 @@ def test_zero_terminal_signal_to_noise_ratio(tokenizer):
     state = sample(denoiser(model), None, shape, [3, 4], steps=5)
     theirs = own_images("sd", pipe, 5, seeded_noise(shape, [3, 4])())
     assert ((model.decode(state.x_t) / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 1e-4
+
+
+def test_a_flow_that_is_loaded_as_a_plain_pipeline(pipelines):
+    """InstaFlow's configs are Stable Diffusion's: the user says what it predicts, and with which sign."""
+    pipe, instaflow = pipelines["instaflow"]
+    plain = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    same, opposite = (from_diffusers(plain, (16, 16), prediction) for prediction in ("-velocity", "velocity"))
+    x = seeded_noise((2, 4, 8, 8), [1, 2])()
+    with torch.no_grad():
+        x0, a, b = (denoiser(model)(x, 300.0) for model in (instaflow, same, opposite))
+    assert torch.equal(x0, a) and torch.allclose(a - x, x - b, atol=1e-5)
+    assert same.schedule.levels(4) == instaflow.schedule.levels(4) == [*map(same.schedule.level, (1000, 750, 500, 250)), CLEAN]
 
 
 def test_from_a_path_in_any_dtype(tokenizer, tmp_path):
