@@ -9,8 +9,9 @@ METHODS that come closest from below. Appends one row per (model, task, method, 
 are there, so that an interrupted run goes on; then writes compare-MODEL.md and compare-MODEL.png of all rows. --quick: 8 images,
 two tasks, two budgets, into outputs/. --models tiny needs the captioned pictures (make data-emoji), mnist the MNIST data.
 
-Every number has a 95 % bootstrap interval over the images. Seconds are the process's CPU seconds per image (on a GPU: wall), memory
-is the peak above what was in use before the row's first batch. See benchmarks/compare_tasks.py for models, tasks and measures.
+Every number has a 95 % bootstrap interval over the images. Seconds are the process's CPU seconds per image (on a GPU: wall). See
+benchmarks/compare_tasks.py for models, tasks and measures. --memory prints each method's peak memory in one diffusion step instead,
+per image, as torch's profiler counts allocations on the CPU.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import compare_tasks as tasks
 import torch
 from compare_report import report
 from tqdm import tqdm
-from unet import PeakMemory
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
 from ldm.newton_sampler import newton_sampler
@@ -46,6 +46,8 @@ def gradients(budget):
 METHODS = {
     "paper": lambda n, task: newton(n),
     "paper, eta 1": lambda n, task: newton(n, eta=1.0),
+    "paper, lr 0.1": lambda n, task: newton(n, lr=0.1),
+    "paper, lr 0.1, eta 1": lambda n, task: newton(n, lr=0.1, eta=1.0),
     "fast": lambda n, task: (fast_sampler, dict(steps=tasks.fast_steps(n, task.schedule), **task.noise)),
     "gradient steps": lambda n, task: gradients(n),
     "DPS": lambda n, task: (dps, dict(steps=n // 2)),
@@ -76,7 +78,7 @@ class Counted:
 
 def run(task, sampler, settings, batch, device, bar):
     """All images of a task through a sampler: results [N, ...] and the costs per image."""
-    settings, out, seconds, peak = dict(settings), [], 0.0, None
+    settings, out, seconds = dict(settings), [], 0.0
     encode = settings.pop("encode", None)
     D = Counted(task.D)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
@@ -85,15 +87,31 @@ def run(task, sampler, settings, batch, device, bar):
         constraint, shape = task.constraint(part), (part.stop - part.start, *task.shape)
         seeds = range(part.start, part.stop)
         arguments = (D, constraint, encode, shape, seeds) if encode else (D, constraint, shape, seeds)
-        memory, start = PeakMemory(device) if first == 0 else None, clock()
+        start = clock()
         for state in sampler(*arguments, device=device, **settings):
             bar.set_postfix_str(f"{first}+{state.step}/{settings['steps']}", refresh=False)
             bar.update(0)
         seconds += clock() - start
-        peak = memory() if memory else peak
         out.append(state.x_t)
     n = len(task.images)
-    return torch.cat(out), dict(nfe_forward=D.forward / n, nfe_backward=D.backward / n, seconds=seconds / n, peak_mib=peak)
+    return torch.cat(out), dict(nfe_forward=D.forward / n, nfe_backward=D.backward / n, seconds=seconds / n)
+
+
+@torch.no_grad()
+def memory(task, n=8):
+    """Peak MiB per image that the first step of each method allocates on the CPU, and of unconstrained sampling."""
+    jobs = {"unconstrained": (newton_sampler, dict(newton_steps=0))} | {m: METHODS[m](220, task) for m in METHODS}
+    for name, job in jobs.items():
+        if job is None:
+            continue
+        sampler, settings = job
+        encode = [settings.pop("encode")] if "encode" in settings else []
+        constraint = None if name == "unconstrained" else task.constraint(slice(0, n))
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            next(sampler(task.D, constraint, *encode, (n, *task.shape), range(n), **settings))
+        events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        used = torch.tensor([e.nbytes() for e in events]).cumsum(0)
+        print(f"{name:22} {used.max().item() / n / 2**20:8.2f} MiB per image")
 
 
 def main():
@@ -108,7 +126,10 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="data", help="folder of the pictures")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
+    if args.images and not 2 <= args.images <= 1000:
+        parser.error(f"--images {args.images}: give a number from 2 to 1000")
     if min(args.budgets) < 20:
         parser.error(f"--budgets {min(args.budgets)}: give at least 20 network evaluations")
     if args.quick:
@@ -119,6 +140,9 @@ def main():
     for name in args.models:
         n = args.images or {"mnist": 256, "tiny": 128}[name]
         model = tasks.Mnist(args.data, n, device) if name == "mnist" else tasks.Tiny(args.data, n, device)
+        if args.memory:
+            memory(model.task(args.tasks[0]))
+            continue
         jobs = [(t, m, b) for b in sorted(args.budgets) for t in args.tasks for m in args.methods]
         bar = tqdm(jobs, desc=name)
         for task_name, method, budget in bar:

@@ -35,12 +35,11 @@ def table(rows, model, n, kept, reference):
              "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward."]
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += ["", f"## {TITLES[task]}", "",
-                  "| method | evaluations | s per image | MiB | " + " | ".join(NAMES[m] for m in measures) + " |",
-                  "|" + "---|" * (4 + len(measures))]  # fmt: skip
+                  "| method | evaluations | s per image | " + " | ".join(NAMES[m] for m in measures) + " |",
+                  "|" + "---|" * (3 + len(measures))]  # fmt: skip
         for row in sorted((r for r in rows if r["task"] == task), key=lambda r: float(r["nfe_forward"]) + float(r["nfe_backward"])):
             backward = f" + {float(row['nfe_backward']):.0f}" if float(row["nfe_backward"]) else ""
-            cells = [row["method"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.2f}",
-                     f"{float(row['peak_mib']):.0f}"]  # fmt: skip
+            cells = [row["method"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.2f}"]
             cells += [f"{float(row[m]):.3g} [{float(row[m + '_low']):.3g}, {float(row[m + '_high']):.3g}]" for m in measures]
             lines.append("| " + " | ".join(cells) + " |")
     return lines + differences(rows, model, n, kept, reference, measures)

@@ -46,11 +46,12 @@ def operator(name, size):
 TASKS = ["half", "hole", "strokes", "sparse", "sr4", "blur"]
 
 
-def fast_steps(budget, schedule, late=0.3):
-    """The most diffusion steps that `fast_sampler` takes `budget` evaluations for: two each, but one where J is left out."""
+def fast_steps(budget, schedule, late=0.3, vectors=1, grid="log"):
+    """The most diffusion steps that `fast_sampler` takes `budget` evaluations for: 1 + vectors each, but 1 where J is left out."""
+
     def cost(steps):
-        *levels, _ = log_levels(schedule, steps)
-        return sum(1 + (level.sigma >= late * level.alpha and i + 1 < len(levels)) for i, level in enumerate(levels))
+        *levels, last = log_levels(schedule, steps)[:-1] if grid == "log" else schedule.levels(steps)[:-1]
+        return len(levels) + 1 + vectors * sum(level.sigma >= late * level.alpha for level in levels)
 
     return next(steps - 1 for steps in itertools.count(5) if cost(steps) > budget)
 
@@ -86,7 +87,7 @@ class _Model:
 
 
 class Mnist(_Model):
-    """Digits from the front of the test set; features and labels of the shipped classifier, KID to the last 5,000 test digits."""
+    """Digits from the front of the test set; features and labels of the shipped classifier, KID to 5,000 others."""
 
     def __init__(self, data, n, device):
         test, model = MNIST(data, train=False), load_model("mnist", device=device)
@@ -94,7 +95,7 @@ class Mnist(_Model):
         self.D = Denoiser(model.network, model.schedule, model.parameterization)
         self.first_stage, self.shape, self.tasks = None, (1, 32, 32), {}
         self.classifier = load_model("mnist-classifier", device="cpu")
-        self.reference = judge(self.classifier, from_uint8(test.images[5000:]), "cpu")[0]
+        self.reference = judge(self.classifier, from_uint8(test.images[1000:6000]), "cpu")[0]
 
     def measure(self, x, task):
         features, p = judge(self.classifier, x.clamp(-1, 1).cpu(), "cpu")

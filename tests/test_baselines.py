@@ -1,4 +1,4 @@
-"""The other methods: their costs by formula, their contracts, and on a Gaussian, where the posterior is known, their documented bias."""
+"""The other methods: their costs by formula, their contracts, and on a Gaussian, whose posterior is known, their bias."""
 
 import pytest
 import torch
@@ -110,8 +110,9 @@ def test_projections_meet_what_is_consistent(gaussian, function, A):
     assert last(function(gaussian, LinearConstraint(A, A(draw(gaussian, 8))), SHAPE, range(8), steps=10)).residual.max() < 5e-3
 
 
-# The bias on the Gaussian with its left half known, 400 samples: (settings, sigma_y, root mean square error of the unknown half's mean
-# (the prior's is 0.4 to 0.5, the standard error 0.05), ratio of its variance to the posterior's, RMS residual of the known half), bounds.
+# The bias on the Gaussian with its left half known, 400 samples: settings, sigma_y, and bounds of the root mean square error of
+# the unknown half's mean (the prior's is 0.4 to 0.5, the standard error 0.05), of its variance over the posterior's, and of the
+# residual.
 BIAS = {
     "mpgd: fits the noise": (mpgd, dict(), 0.2, (0.0, 0.2), (0.85, 1.1), (0.0, 1e-3)),
     "ddnm: nearly exact without noise": (ddnm, dict(), 0.0, (0.0, 0.2), (0.85, 1.1), (0.0, 1e-4)),
@@ -141,8 +142,9 @@ def test_bias_on_a_gaussian(gaussian, name):
 
 
 @pytest.mark.parametrize("function, wrong, words", [
-    (dps, dict(zeta=0), "zeta = 0"), (dps, dict(eta=2), "= 2"), (mpgd, dict(scale=-1), "scale = -1"), (mpgd, dict(steps=0), "steps = 0"),
-    (gradient_steps, dict(lr=0), "lr = 0"), (repaint, dict(resamples=0), "resamples = 0"), (diffpir, dict(zeta=1.5), "= 1.5"),
+    (dps, dict(zeta=0), "zeta = 0"), (dps, dict(eta=2), "= 2"), (mpgd, dict(scale=-1), "scale = -1"),
+    (mpgd, dict(steps=0), "steps = 0"), (gradient_steps, dict(lr=0), "lr = 0"), (repaint, dict(resamples=0), "resamples = 0"),
+    (diffpir, dict(zeta=1.5), "= 1.5"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named_at_once(gaussian, function, wrong, words):
     with pytest.raises(ValueError, match=words):

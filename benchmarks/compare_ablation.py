@@ -1,0 +1,78 @@
+"""What each idea of `fast_sampler` is worth: one at a time off or changed, all at no more than --budget network evaluations.
+
+    python benchmarks/compare_ablation.py [--images 96] [--budget 44] [--tasks half hole sr4] [--variants ...]
+
+On mnist, with the pictures, seeds and measures of compare.py. Appends to --out/compare_ablation.csv, skips rows that are there, and
+writes compare_ablation.md: means, with half the width of the 95 % bootstrap interval.
+"""
+
+import argparse
+from pathlib import Path
+
+import compare_tasks as tasks
+from compare import append, in_table, rows, run
+from tqdm import tqdm
+
+from ldm.solver import fast_sampler
+from ldm.util import resolve_device
+
+VARIANTS = {
+    "default": {},
+    "no over-relaxation": dict(relax=1.0),
+    "over-relaxation 2": dict(relax=2.0),
+    "nothing recycled": dict(recycle=0),
+    "two corrections recycled": dict(recycle=2),
+    "neither": dict(recycle=0, relax=1.0),
+    "uniform levels": dict(grid="uniform"),
+    "J at every step but the last": dict(late=0.0),
+    "J left out below sigma/alpha = 0.5": dict(late=0.5),
+    "no J at all (late = infinity)": dict(late=1e9),
+    "two vectors, fewer steps": dict(vectors=2),
+    "three vectors, fewer steps": dict(vectors=3),
+    "DDIM, eta = 0": dict(eta=0.0),
+    "eta = 0.5": dict(eta=0.5),
+    "eps fitted to the moved x0": dict(refit=True, relax=1.0),
+    "h = 0.1": dict(h=0.1),
+}
+SHOWN = ["residual", "lpips", "psnr", "accuracy", "kid"]
+
+
+def table(found):
+    lines = ["| task | variant | evaluations | " + " | ".join(SHOWN) + " |", "|" + "---|" * (3 + len(SHOWN))]
+    for row in found:
+        cells = [f"{float(row[m]):.3g} ± {(float(row[m + '_high']) - float(row[m + '_low'])) / 2:.2g}" for m in SHOWN]
+        lines.append(f"| {row['task']} | {row['method']} | {float(row['nfe_forward']):.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--budget", type=int, default=44)
+    parser.add_argument("--tasks", nargs="+", default=["half", "hole", "sr4"], choices=tasks.TASKS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    device, path = resolve_device(args.device), args.out / "compare_ablation.csv"
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = tasks.Mnist(args.data, args.images, device)
+    for name, task_name in (bar := tqdm([(v, t) for v in args.variants for t in args.tasks])):
+        key = dict(model="mnist", images=args.images, task=task_name, method=name, budget=args.budget)
+        if in_table(path, key):
+            continue
+        bar.set_description(f"{task_name}, {name}")
+        task, changed = model.task(task_name), VARIANTS[name]
+        counted = {k: changed[k] for k in ("late", "vectors", "grid") if k in changed}
+        steps = tasks.fast_steps(args.budget, task.schedule, **counted)
+        x, costs = run(task, fast_sampler, dict(steps=steps, **task.noise, **changed), args.batch, device, bar)
+        append(path, key | costs | tasks.intervals(model.measure(x, task), model.reference))
+    found = sorted((row for row in rows(path)), key=lambda row: (args.tasks + tasks.TASKS).index(row["task"]))
+    path.with_suffix(".md").write_text(table(found))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
