@@ -8,7 +8,7 @@ import torch
 from common import ROOT, randomised
 
 from ldm.checkpoints import load_model
-from ldm.constraints import latent_inpainting
+from ldm.constraints import DecodedConstraint, latent_inpainting
 from ldm.data.emoji import Emoji, sample_emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.diffusers_models import PipelineDenoiser, from_diffusers
@@ -18,6 +18,7 @@ from ldm.inpainting import blend, make_mask
 from ldm.metrics import psnr
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 from ldm.newton_sampler import sample, seeded_noise
+from ldm.operators import Mask
 from ldm.util import instantiate_from_config, load_config
 
 CONFIG = ROOT / "configs/tiny/unet.yaml"
@@ -147,19 +148,21 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [8, pytest.param(64, marks=pytest.mark.slow)])
-def test_flow_inpainting_keeps_the_known_region(number):
-    """Held-out emoji, without prompts: the known half before blending, against what the autoencoder alone makes of it."""
-    if number == 8:
-        images = sample_emoji()[0][::4]
+@pytest.mark.parametrize("number, steps", [(4, 10), pytest.param(64, 20, marks=pytest.mark.slow)])
+def test_flow_inpainting_keeps_the_known_region(number, steps):
+    """Held-out emoji without prompts, constraint on decoded pixels: the known half before blending, against what the autoencoder
+    alone makes of it. (A constraint on latents stays 2 to 3 dB below: the decoder sees the invented half too.)"""
+    if number == 4:
+        images = sample_emoji()[0][[0, 9, 13, 23]]
     else:
         root = ROOT / "data"
         if not (root / "emoji/emoji.npz").is_file():
             pytest.skip("the whole held-out set is not here: make data-emoji")
         images = from_uint8(Emoji(root, train=False).images[::5][:number])
     model = load_model("tiny-flow", device="cpu")
-    constraint = latent_inpainting(model, images, make_mask("right", (64, 64)))
-    state = sample(LatentDenoiser(model, ""), constraint, constraint.y.shape, range(number))
+    A, shape = Mask(make_mask("right", (64, 64))), (number, 4, 16, 16)
+    state = sample(LatentDenoiser(model, ""), DecodedConstraint(model.decode, A, A(images)), shape, range(number),
+                   steps, lr=(0.5, 0.05))  # fmt: skip
     with torch.no_grad():
         reached, possible = (psnr(model.decode(z)[..., :32], images[..., :32]).mean() for z in (state.x_t, model.encode(images)))
     print(f"known half of {number}: {reached:.2f} dB, by the autoencoder alone {possible:.2f} dB")
