@@ -1,7 +1,6 @@
 """Models, tasks and measures of compare.py."""
 
 import functools
-import itertools
 import sys
 
 import torch
@@ -53,7 +52,7 @@ def fast_steps(budget, schedule, late=0.3, vectors=1, grid="log"):
         *levels, last = log_levels(schedule, steps)[:-1] if grid == "log" else schedule.levels(steps)[:-1]
         return len(levels) + 1 + vectors * sum(level.sigma >= late * level.alpha for level in levels)
 
-    return next(steps - 1 for steps in itertools.count(5) if cost(steps) > budget)
+    return next((steps - 1 for steps in range(5, 201) if cost(steps) > budget), 200)
 
 
 class Task:
