@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself; nothing is assumed but Python >= 3.10 with venv, and make.
 #   make demo         inpainting on the shipped model; pictures in outputs/
-#   make test         all tests that need no GPU
+#   make test         all tests that need no GPU, in two processes (JOBS=4 make test: in four)
 #   make lab          JupyterLab on the notebooks
 #   make lint         ruff, notebooks included
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
@@ -29,8 +29,10 @@ demo: $(READY)
 	@$(BIN)/python -m papermill stable-diffusion/inpaint.ipynb outputs/inpaint.ipynb --cwd stable-diffusion -p out ../outputs
 	@cat outputs/summary.txt
 
+# Two processes of one thread each: notebooks and small networks gain little from threads.
+JOBS ?= 2
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lab: $(READY)
 	@$(BIN)/jupyter lab

@@ -28,8 +28,10 @@ def test_runs_with_default_parameters(path, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "PYDEVD_DISABLE_FILE_VALIDATION", "1")
     papermill.execute_notebook(path, tmp_path / path.name, parameters={"out": str(tmp_path)}, cwd=path.parent, progress_bar=False)
     written = {p.suffix for p in tmp_path.iterdir()}
-    assert {".png", ".gif", ".txt"} <= written
-    assert re.search(r"NFE (220|420)\b", (tmp_path / "summary.txt").read_text())
+    assert {".png", ".txt"} <= written
+    if "sampling-loop" in path.read_text():
+        assert ".gif" in written
+        assert re.search(r"NFE (220|420)\b", (tmp_path / "summary.txt").read_text())
 
 
 @pytest.fixture(scope="module")
