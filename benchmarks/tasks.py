@@ -26,7 +26,7 @@ from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint
 from ldm.data.emoji import Emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.images import from_uint8
-from ldm.inpainting import blend, make_mask
+from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import lpips_distance, lpips_weights, psnr, ssim
 from ldm.newton_sampler import newton_sampler, sample, seeded_noise
 from ldm.operators import downsample
@@ -79,10 +79,11 @@ def inpainting(model, images, device):
         out = {"pictures": len(images), "nfe": state.nfe, "seconds": round(seconds, 1),
                "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}  # fmt: skip
         for name, z in finished.items():
-            x = model.decode(z)
-            final = blend(x.clamp(-1, 1), images, mask)
+            x, again = model.decode(z), model.decode(reencode(model, z, images, mask))
+            final = blend(again.clamp(-1, 1), images, mask)
             out[name] = {"residual": mean(constraint(z)[1]),
                          "known_psnr_before_blending": mean(psnr(x[..., known], images[..., known])),
+                         "known_psnr_reencoded": mean(psnr(again[..., known], images[..., known])),
                          "known_pixels_bit_equal": torch.equal(final[..., known], images[..., known]),
                          "psnr": mean(psnr(final, images)), **perceptual(final, images)}  # fmt: skip
     return out
@@ -107,13 +108,13 @@ def superres(model, images, device, factor=4):
     return out
 
 
-def style(model, images, captions, names, device):
-    """captions: one for each reference picture; names: the captions that are ranked."""
+def style(model, images, captions, names, device, lr=(0.05, 0.01)):
+    """captions: one for each reference picture; names: the captions that are ranked; lr: the notebook's."""
     judge, loss = Judge(device), gram_distance(load_clip_vision(device=device), model.decode, images)
     D, shape = LatentDenoiser(model, captions, 3.0), (len(captions), model.channels, model.image_size, model.image_size)
     unguided = sample(D, None, shape, range(len(captions)), steps=20, device=device)
-    guided, seconds = run(D, LossConstraint(loss), shape, range(len(captions)), device)
-    out = {"captions": len(captions), "nfe": guided.nfe, "seconds": round(seconds, 1)}
+    guided, seconds = run(D, LossConstraint(loss), shape, range(len(captions)), device, lr=lr)
+    out = {"captions": len(captions), "lr": lr, "nfe": guided.nfe, "seconds": round(seconds, 1)}
     with torch.inference_mode():
         before, after = loss(unguided.x_t), loss(guided.x_t)
         out["gram_distance"] = {"unguided": mean(before), "guided": mean(after), "falls_by": mean(1 - after / before)}

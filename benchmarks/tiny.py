@@ -116,7 +116,8 @@ def draw_sheet(pictures, captions, path):
 
 def draw_training(folder, path):
     """Loss, validation and learning rate of every training whose log lies in the folder."""
-    logs = [folder / f"{name}.csv" for name in ("autoencoder", "clip", "unet", "flow") if (folder / f"{name}.csv").is_file()]
+    names = ("autoencoder", "decoder", "clip", "unet", "flow")
+    logs = [folder / f"{name}.csv" for name in names if (folder / f"{name}.csv").is_file()]
     fig, axes = plt.subplots(2, len(logs), figsize=(3.2 * len(logs), 4.4), layout="constrained", squeeze=False, sharex="col",
                              height_ratios=(3, 1))  # fmt: skip
     for (ax, below), log in zip(axes.T, logs, strict=True):
@@ -130,7 +131,7 @@ def draw_training(folder, path):
                 on.plot(*zip(*points, strict=True), **style)
                 on.set_ylabel("validation PSNR, dB" if on is not ax else "")
         ax.set_yscale("log")
-        ax.set_title(f"{log.stem}: loss, training and validation", fontsize=9)
+        ax.set_title(f"{log.stem}: loss", fontsize=9)
         points = [(int(row["step"]), float(row["lr-AdamW"])) for row in rows if row.get("lr-AdamW")]
         below.plot(*zip(*points, strict=True), color="tab:green")
         below.set(xlabel="step", ylabel="learning rate")

@@ -166,6 +166,15 @@ def blend(sampled, image, mask, feather=0, poisson=False):
     return torch.where(weight == 1, image, sampled + weight * (image - sampled))
 
 
+def reencode(model, z, image, mask):
+    """Latents of the whole picture, Enc(M image + (1 - M) Dec(z)): at last the encoder sees what is in the hole, where the known
+    latents of the constraint came from a smooth continuation. Dec of them has the known region as well as the autoencoder can.
+
+    z [B, C, h, w] of a LatentDiffusion `model` -> the same shape. One evaluation of the decoder and one of the encoder.
+    """
+    return model.encode(blend(model.decode(z).clamp(-1, 1), image, mask, poisson=True))
+
+
 def _push_pull(values, mask):
     """A first guess in the hole: means of the known pixels around it, taken from ever coarser pictures."""
     if min(values.shape[2:]) < 2:

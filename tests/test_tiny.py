@@ -11,7 +11,7 @@ from ldm.checkpoints import SHIPPED, load_model
 from ldm.constraints import latent_inpainting
 from ldm.data.emoji import held_out_names, sample_emoji
 from ldm.denoisers import LatentDenoiser
-from ldm.inpainting import blend, make_mask
+from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import psnr, ssim
 from ldm.newton_sampler import H, newton_sampler, sample
 from ldm.schedules import FlowSchedule
@@ -99,7 +99,10 @@ def test_inpainting_meets_the_constraint_and_keeps_the_known_pixels(model):
         sampled, own = model.decode(states[-1].x_t), model.decode(model.encode(images))
     known = slice(0, 32)
     error = lambda x: (x.clamp(-1, 1) - images)[..., known].square().mean().log10() * 10  # noqa: E731
-    assert error(sampled) - error(own) < 2.5  # 2.2 dB were measured
+    assert error(sampled) - error(own) < 2.5  # the known latents were encoded beside a filled hole; benchmarks/results/tasks.json
+    with torch.no_grad():
+        again = model.decode(reencode(model, states[-1].x_t, images, mask))
+    assert error(again) - error(own) < 0.5
     assert torch.equal(blend(sampled, images, mask)[..., known], images[..., known])
 
 
