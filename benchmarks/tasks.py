@@ -108,7 +108,7 @@ def superres(model, images, device, factor=4):
     return out
 
 
-def style(model, images, captions, names, device, lr=(0.08, 0.02)):
+def style(model, images, captions, names, device, lr=(0.1, 0.03)):
     """captions: one for each reference picture; names: the captions that are ranked; lr: the notebook's."""
     judge, loss = Judge(device), gram_distance(load_clip_vision(device=device), model.decode, images)
     D, shape = LatentDenoiser(model, captions, 3.0), (len(captions), model.channels, model.image_size, model.image_size)
