@@ -86,7 +86,7 @@ def figure(rows, path):
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     fig, axes = plt.subplots(len(tasks), len(measures), figsize=(3.2 * len(measures), 2.5 * len(tasks) + 0.7), squeeze=False)
-    colours = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
+    colours = {method: plt.get_cmap("tab20").colors[i % 20] for i, method in enumerate(methods)}
     for task, line in zip(tasks, axes, strict=True):
         for measure, ax in zip(measures, line, strict=True):
             for method in methods:

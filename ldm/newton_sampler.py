@@ -99,13 +99,18 @@ def newton_sampler(
     for name, value in {"lr": min(lr_first, lr_last), "h": h}.items():
         if not value > 0:
             raise ValueError(f"{name} = {value}: give a positive number")
+    check_eta_and_mode(eta, mode)
+    lrs = [lr_first + (lr_last - lr_first) * i / max(steps - 1, 1) for i in range(steps)]
+    noise = seeded_noise(shape, seeds, device, dtype)
+    return _newton_sampler(_Counted(D), constraint, noise, levels, newton_steps, lrs, h, eta, mode)
+
+
+def check_eta_and_mode(eta, mode):
+    """ValueError unless eta is in [0, 1] and mode a known one of `jvp`: what all samplers with J ask."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta}: give a number from 0 (DDIM) to 1 (ancestral)")
     if mode not in ("difference", "forward-ad"):
         raise ValueError(f'mode = {mode!r}: known are "difference" and "forward-ad"')
-    lrs = [lr_first + (lr_last - lr_first) * i / max(steps - 1, 1) for i in range(steps)]
-    noise = seeded_noise(shape, seeds, device, dtype)
-    return _newton_sampler(_Counted(D), constraint, noise, levels, newton_steps, lrs, h, eta, mode)
 
 
 @torch.inference_mode()

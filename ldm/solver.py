@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from ldm.newton_sampler import State, _Counted, jvp, max_norm, seeded_noise
+from ldm.newton_sampler import State, _Counted, check_eta_and_mode, jvp, max_norm, seeded_noise
 
 INNER = 10  # vectors where J is left out: they cost no evaluation of D. One is exact for masks, ten are for down-sampling
 
@@ -107,10 +107,7 @@ def fast_sampler(
     for name, value in {"h": h, "trust": trust, "relax": relax}.items():
         if not value > 0:
             raise ValueError(f"{name} = {value}: give a positive number")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta = {eta}: give a number from 0 (DDIM) to 1 (ancestral)")
-    if mode not in ("difference", "forward-ad"):
-        raise ValueError(f'mode = {mode!r}: known are "difference" and "forward-ad"')
+    check_eta_and_mode(eta, mode)
     if grid not in ("log", "uniform"):
         raise ValueError(f'grid = {grid!r}: known are "log" and "uniform"')
     if sigma_y > 0 and not hasattr(constraint, "A"):
