@@ -2,6 +2,9 @@
 
 import torch
 
+from ldm.modules.tiling import tiled
+from ldm.util import memory_advice
+
 # With x_t = alpha x_0 + sigma eps:          x0 from the network's output         what the network is trained to predict
 PREDICTIONS = {
     "eps":      (lambda out, x_t, a, s: (x_t - s * out) / a, lambda x0, eps, a, s: eps),
@@ -19,7 +22,9 @@ class Denoiser:
     prediction  "eps", "v", "x0" or "velocity"
 
     Calling it: x_t [B, ...] float tensor, t a time of the schedule (ValueError otherwise); returns x0, same shape and dtype.
-    One call is one network evaluation (NFE).
+    One call is one network evaluation (NFE). MemoryError, saying what to change, where the memory does not suffice.
+
+    What is about machines is set here, by `tile` and `compile`: samplers do not know of it.
     """
 
     def __init__(self, network, schedule, prediction="eps"):
@@ -28,11 +33,61 @@ class Denoiser:
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
+        self.tile(None)
 
     def __call__(self, x_t, t):
         _, alpha, sigma = self.schedule.level(t)
-        out = self.network(x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
+        with memory_advice(f"x_t of shape {list(x_t.shape)} is too much for the memory of {x_t.device}: take fewer samples at "
+                           "once, windows of D.tile(size), or weights of half precision, load_model(..., dtype=torch.bfloat16)"):
+            out = self.predict(x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
         return PREDICTIONS[self.prediction][0](out, x_t, alpha, sigma)
+
+    def predict(self, x_t, t):
+        """What the network predicts at x_t [B, ...] and t [B]; x_t's shape."""
+        return self._on_windows(x_t, t)
+
+    def tile(self, size, overlap=0.5, batch=1):
+        """Show the network a large x_t [B, C, H, W] in overlapping windows, and take the mean of what it predicts for each place,
+        weighted by linear ramps (MultiDiffusion, Bar-Tal et al. 2023); None: all at once. Returns self.
+
+        size     of the windows in pixels of x_t, best what the network was trained at: `model.image_size`
+        overlap  of neighbouring windows, as a fraction of size, 0 to 0.9; windows that do not fit evenly overlap more
+        batch    windows per call of the network, of each sample
+
+        Memory is that of `batch` windows, time grows as their number. Still one smooth function of x_t, so that its Jacobian
+        product is taken as ever, and the same as the plain one where x_t fits into one window. ValueError on other values.
+        """
+        if size is not None and (int(size) != size or size < 1):
+            raise ValueError(f"size = {size}: give a positive integer, or None for no windows")
+        if not 0 <= overlap <= 0.9:
+            raise ValueError(f"overlap = {overlap}: give a fraction of the window from 0 to 0.9")
+        if int(batch) != batch or batch < 1:
+            raise ValueError(f"batch = {batch}: give a positive integer")
+        self._windows = None if size is None else (int(size), int(overlap * size), int(batch))
+        return self
+
+    def compile(self, mode="default"):
+        """Compile the network (torch.compile); mode="reduce-overhead" replays it as a CUDA graph on a GPU. Returns self.
+
+        The first evaluation takes minutes at the size of Stable Diffusion, others of the same shape and dtype no compilation,
+        whatever t and the prompts; denoisers of one model share it. Forward-mode differentiation (`jvp`) runs uncompiled.
+        """
+        compiled = torch.compile(self.network, mode=mode, dynamic=False)
+        # A CUDA graph writes every result to the same place: the sampler's x0 must not change under its hands.
+        self.network = lambda *inputs: compiled(*inputs).clone()
+        return self
+
+    def _on_windows(self, x_t, *others):
+        """network(x_t, *others), others [B, ...], on the windows of `tile`."""
+        if self._windows is None:
+            return self.network(x_t, *others)
+        size, overlap, batch = self._windows
+
+        def network(tiles):
+            n = len(tiles) // len(x_t)
+            return self.network(tiles, *(v.repeat(n, *[1] * (v.ndim - 1)) for v in others))
+
+        return tiled(network, x_t, size, overlap, batch=batch)
 
 
 class LatentDenoiser(Denoiser):
@@ -51,22 +106,21 @@ class LatentDenoiser(Denoiser):
     """
 
     def __init__(self, model, prompts, guidance=1.0, negative_prompts=None):
-        super().__init__(self._guided, model.schedule, model.parameterization)
-        self.unet = model.network
+        super().__init__(model.network, model.schedule, model.parameterization)
         self.guidance = guidance
         # Ordinary tensors even inside torch.inference_mode(), so that forward-mode differentiation may use them.
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = model.encode_prompts(prompts)  # [1 or B, M, context_dim]
             self.negative_tokens = model.encode_prompts("" if negative_prompts is None else negative_prompts)
 
-    def _guided(self, x_t, t):
+    def predict(self, x_t, t):
         if self.guidance == 1:
-            return self.unet(x_t, t, self._per_sample("prompts", self.tokens, x_t))
+            return self._on_windows(x_t, t, self._per_sample("prompts", self.tokens, x_t))
         negative = self._per_sample("negative_prompts", self.negative_tokens, x_t)
         if self.guidance == 0:
-            return self.unet(x_t, t, negative)
+            return self._on_windows(x_t, t, negative)
         context = torch.cat([negative, self._per_sample("prompts", self.tokens, x_t)])
-        out_u, out_c = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), context).chunk(2)
+        out_u, out_c = self._on_windows(torch.cat([x_t, x_t]), torch.cat([t, t]), context).chunk(2)
         return out_u + self.guidance * (out_c - out_u)
 
     def _per_sample(self, name, tokens, x_t):

@@ -66,7 +66,8 @@ def seeded_noise(shape, seeds, device="cpu", dtype=torch.float32):
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def draw():
-        return torch.stack([torch.randn(*shape[1:], generator=g, dtype=dtype) for g in generators]).to(device)
+        noise = torch.stack([torch.randn(*shape[1:], generator=g, dtype=dtype) for g in generators])
+        return noise.to(device, non_blocking=torch.device(device).type == "cuda")  # sent without waiting for the GPU
 
     return draw
 

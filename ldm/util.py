@@ -1,7 +1,9 @@
-"""Objects and paths from configs, the device by name, and peak memory."""
+"""Objects and paths from configs, the device by name, and memory."""
 
+import re
 import resource
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -66,3 +68,14 @@ def peak_memory(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@contextmanager
+def memory_advice(advice):
+    """Where the memory of any device does not suffice inside: a MemoryError that says what to change, `advice`."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; elsewhere only the text tells
+        if not re.search("out of memory|allocate memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE):
+            raise
+        raise MemoryError(advice) from error

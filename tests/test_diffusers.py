@@ -169,7 +169,7 @@ def test_a_step_is_the_scheduler_s_at_every_time(family, pipelines):
     for now, to in pairwise(levels):
         x = seeded_noise((2, model.channels, *model.latent_size), [1, 2])()
         with torch.no_grad():
-            out = D.network(x, torch.full((2,), now.t))
+            out = D.predict(x, torch.full((2,), now.t))
             x0 = D(x, now.t)
         if family in ("sd3", "flux", "sd-flow"):
             index = own.index_for_timestep(torch.tensor(now.t, dtype=torch.float32))

@@ -6,6 +6,7 @@ from torch import nn
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.tiling import tiled
+from ldm.util import memory_advice
 
 
 class AutoencoderKL(nn.Module):
@@ -94,9 +95,11 @@ class AutoencoderKL(nn.Module):
     def _in_parts(self, network, x, cell_in, cell_out):
         if self.slicing and len(x) > 1:
             return torch.cat([self._in_parts(network, part, cell_in, cell_out) for part in x.split(1)])
-        if self.tile_size is None:
-            return network(x)
-        return tiled(network, x, self.tile_size, self.tile_overlap, cell_in, cell_out)
+        with memory_advice(f"a tensor of shape {list(x.shape)} is too much for the autoencoder in the memory of {x.device}: call "
+                           "model.first_stage_model.tile(), with a smaller size if need be, or set its slicing = True"):
+            if self.tile_size is None:
+                return network(x)
+            return tiled(network, x, self.tile_size, self.tile_overlap, cell_in, cell_out)
 
     def _check(self, name, x, channels, multiple):
         if x.ndim != 4 or x.shape[1] != channels or any(n == 0 or n % multiple for n in x.shape[2:]):

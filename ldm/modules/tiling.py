@@ -1,6 +1,7 @@
 """A network on a picture too large for it: overlapping tiles, blended linearly."""
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -25,24 +26,35 @@ def windows(length, size, overlap, cell=1):
     return [(start, w[start * cell : (start + size) * cell]) for start, w in zip(starts, weights, strict=True)]
 
 
-def tiled(network, x, size, overlap, cell_in=1, cell_out=1):
+@lru_cache(maxsize=8)
+def grid(height, width, size, overlap, cell, device):
+    """The tiles of a picture: a list of (top, left, weights [1, 1, cell * size, cell * size]). Kept, so that the weights are sent
+    to the device once and not at every evaluation of a sampler."""
+    rows, columns = (windows(n, size, overlap, cell) for n in (height, width))
+    with torch.inference_mode(False):  # ordinary tensors, for whoever differentiates later
+        return [(top, left, (v[:, None] * w)[None, None].to(device)) for top, v in rows for left, w in columns]
+
+
+def tiled(network, x, size, overlap, cell_in=1, cell_out=1, batch=1):
     """network(x), computed tile by tile; exactly network(x) where x fits into one tile.
 
-    network: [B, C, cell_in * h, cell_in * w] -> [B, C', cell_out * h, cell_out * w] for all h, w
+    network: [B, C, cell_in * h, cell_in * w] -> [B, C', cell_out * h, cell_out * w] for all B, h, w
     x: [B, C, H, W], H and W divisible by cell_in
     size, overlap: of the square tiles, in cells; 0 <= overlap < size
+    batch: tiles per call of the network, which then gets [n * B, ...], n <= batch: all samples' first tile, all samples' second ...
     """
-    rows, columns = (windows(n // cell_in, size, overlap, cell_out) for n in x.shape[2:])
-    if len(rows) == len(columns) == 1:
+    height, width = (n // cell_in for n in x.shape[2:])
+    tiles = grid(height, width, size, overlap, cell_out, x.device)
+    if len(tiles) == 1:
         return network(x)
     out = None
-    for top, weights_y in rows:
-        for left, weights_x in columns:
-            tile = network(x[..., top * cell_in : (top + size) * cell_in, left * cell_in : (left + size) * cell_in])
+    for i in range(0, len(tiles), batch):
+        part = tiles[i : i + batch]
+        crops = [x[..., j * cell_in : (j + size) * cell_in, k * cell_in : (k + size) * cell_in] for j, k, _ in part]
+        for (top, left, weights), tile in zip(part, network(torch.cat(crops)).chunk(len(part)), strict=True):
             if out is None:  # only the network knows the number of channels
-                out = tile.new_zeros(*tile.shape[:2], *(n // cell_in * cell_out for n in x.shape[2:]))
-            weights = (weights_y[:, None] * weights_x).to(tile)
-            height, width = weights.shape
-            i, j = top * cell_out, left * cell_out
-            out[..., i : i + height, j : j + width] += weights * tile
+                out = tile.new_zeros(*tile.shape[:2], height * cell_out, width * cell_out)
+            h, w = tile.shape[2:]
+            j, k = top * cell_out, left * cell_out
+            out[..., j : j + h, k : k + w] += weights.to(tile.dtype) * tile
     return out
