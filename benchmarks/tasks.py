@@ -1,9 +1,11 @@
 """What the notebooks under stable-diffusion/ do, measured on more pictures than they show:
 
-    python benchmarks/tasks.py [--tasks inpainting superres style] [--pictures 64] [--out benchmarks/results]
+    python benchmarks/tasks.py [--tasks inpainting flow superres style] [--pictures 64] [--out benchmarks/results]
 
-inpainting  the right half of held-out pictures is missing, seeds 0 to 3 in turn; the paper's loop beside the projection without
-            Jacobian (x0 + A^T r) at as many network evaluations
+inpainting  the right half of held-out pictures is missing, seeds 0 to 3 in turn; the paper's loop with the constraint on latents
+            and on decoded pixels, the fast solver in VAE space (no backward pass), and the projection without Jacobian
+            (x0 + A^T r) at as many evaluations as the loop
+flow        the same with the rectified flow, `--flow`
 superres    four-fold, on a quarter as many pictures: the decoder's gradient and the encoder's difference, beside bicubic
 style       32 training captions, each with a held-out picture as reference, guided and unguided
 
@@ -13,6 +15,7 @@ Needs the captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,8 +31,9 @@ from ldm.denoisers import LatentDenoiser
 from ldm.images import from_uint8
 from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import lpips_distance, lpips_weights, psnr, ssim
-from ldm.newton_sampler import newton_sampler, sample, seeded_noise
-from ldm.operators import downsample
+from ldm.newton_sampler import State, newton_sampler, sample, seeded_noise
+from ldm.operators import Mask, downsample
+from ldm.solver import fast_sampler
 from ldm.util import resolve_device
 
 
@@ -41,23 +45,24 @@ def first_of_each(dataset):
     return list(seen.values())
 
 
-def run(D, constraint, shape, seeds, device, **settings):
+def run(D, constraint, shape, seeds, device, sampler=newton_sampler, **settings):
     """The last state of the sampler, with a progress bar, and the seconds it took."""
     start, steps = time.perf_counter(), settings.get("steps", 20)
-    for state in tqdm(newton_sampler(D, constraint, shape, seeds, device=device, **settings), total=steps, leave=False):  # noqa: B007
+    for state in tqdm(sampler(D, constraint, shape, seeds, device=device, **settings), total=steps, leave=False):  # noqa: B007
         pass
     return state, time.perf_counter() - start
 
 
-@torch.inference_mode()
 def projection(D, constraint, shape, seeds, device, steps):
     """Without Jacobian (MPGD, DDNM): x0 <- x0 + A^T (y - A x0), then the DDIM step."""
-    noise = seeded_noise(shape, seeds, device)
+    noise, start = seeded_noise(shape, seeds, device), time.perf_counter()
     x, levels = noise(), D.schedule.levels(steps)
-    for now, to in tqdm(list(zip(levels[:-1], levels[1:], strict=True)), leave=False):
-        x0 = D(x, now.t)
-        x = D.schedule.step(x, x0 + constraint(x0)[0], now, to)
-    return x
+    with torch.inference_mode():
+        for now, to in tqdm(list(pairwise(levels)), leave=False):
+            x0 = D(x, now.t)
+            x0 = x0 + constraint(x0)[0]
+            x = D.schedule.step(x, x0, now, to)
+    return State(steps, now.t, x, x0, constraint(x0)[1], steps), time.perf_counter() - start
 
 
 def mean(x):
@@ -70,22 +75,27 @@ def perceptual(x, truth):
 
 def inpainting(model, images, device):
     mask, seeds = make_mask("right", images.shape[2:]).to(device), [i % 4 for i in range(len(images))]
-    constraint, D = latent_inpainting(model, images, mask), LatentDenoiser(model, "")
-    shape, known = constraint.y.shape, slice(0, images.shape[3] // 2)
-    state, seconds = run(D, constraint, shape, seeds, device)
+    latents, A, D = latent_inpainting(model, images, mask), Mask(mask), LatentDenoiser(model, "")
+    shape, known = latents.y.shape, slice(0, images.shape[3] // 2)
+    pixels, vae = DecodedConstraint(model.decode, A, A(images)), EncoderConstraint(model.decode, model.encode, A, A(images))
+    runs = {"paper's loop": lambda: run(D, latents, shape, seeds, device),
+            "paper's loop on decoded pixels": lambda: run(D, pixels, shape, seeds, device),
+            "fast solver in VAE space": lambda: run(D, vae, shape, seeds, device, fast_sampler, steps=24),
+            "projection without J": lambda: projection(D, latents, shape, seeds, device, steps=220)}  # fmt: skip
     with torch.inference_mode():
         own = model.decode(model.encode(images))
-        finished = {"paper's loop": state.x_t, "projection without J": projection(D, constraint, shape, seeds, device, state.nfe)}
-        out = {"pictures": len(images), "nfe": state.nfe, "seconds": round(seconds, 1),
-               "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}  # fmt: skip
-        for name, z in finished.items():
+    out = {"pictures": len(images), "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}
+    for name, finish in runs.items():
+        state, seconds = finish()
+        with torch.inference_mode():
+            z = state.x_t
             x, again = model.decode(z), model.decode(reencode(model, z, images, mask))
             final = blend(again.clamp(-1, 1), images, mask)
-            out[name] = {"residual": mean(constraint(z)[1]),
-                         "known_psnr_before_blending": mean(psnr(x[..., known], images[..., known])),
-                         "known_psnr_reencoded": mean(psnr(again[..., known], images[..., known])),
-                         "known_pixels_bit_equal": torch.equal(final[..., known], images[..., known]),
-                         "psnr": mean(psnr(final, images)), **perceptual(final, images)}  # fmt: skip
+        out[name] = {"nfe": state.nfe, "residual_on_latents": mean(latents(z)[1]), "seconds": round(seconds, 1),
+                     "known_psnr_before_blending": mean(psnr(x[..., known], images[..., known])),
+                     "known_psnr_reencoded": mean(psnr(again[..., known], images[..., known])),
+                     "known_pixels_bit_equal": torch.equal(final[..., known], images[..., known]),
+                     "psnr": mean(psnr(final, images)), **perceptual(final, images)}  # fmt: skip
     return out
 
 
@@ -126,8 +136,9 @@ def style(model, images, captions, names, device, lr=(0.1, 0.03)):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=["inpainting", "superres", "style"])
+    parser.add_argument("--tasks", nargs="*", default=["inpainting", "flow", "superres", "style"])
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--flow", default="tiny-flow")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--data", default="data", help="folder of emoji/emoji.npz")
     parser.add_argument("--device", default="auto")
@@ -145,6 +156,7 @@ def main():
     for task in args.tasks:
         results[task] = {
             "inpainting": lambda: inpainting(model, images[: args.pictures], device),
+            "flow": lambda: inpainting(load_model(args.flow, device=device), images[: args.pictures], device),
             "superres": lambda: superres(model, images[: args.pictures // 4], device),
             "style": lambda: style(model, images[: args.pictures // 2], captions, names, device),
         }[task]()
