@@ -59,8 +59,11 @@ def jvp(D, x_t, t, v, x0=None, h=0.005, mode="difference"):
 def seeded_noise(shape, seeds, device="cpu", dtype=torch.float32):
     """A function that draws standard normal noise [B, ...] of `shape`, sample i from its own generator with seeds[i].
 
-    Drawn on the CPU, so that a seed means the same picture alone, in any batch and on any device.
+    Drawn on the CPU, so that a seed means the same picture alone, in any batch and on any device. `seeds` may be such a function
+    itself, for noise from elsewhere: it comes back as it is.
     """
+    if callable(seeds):
+        return seeds
     if len(seeds) != shape[0]:
         raise ValueError(f"seeds has {len(seeds)} entries, but the batch has {shape[0]} samples: give one seed per sample")
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -76,7 +79,7 @@ def newton_sampler(
     D,
     constraint,
     shape,                  # [B, C, H, W] of x_t
-    seeds,                  # one integer per sample
+    seeds,                  # one integer per sample, or a function that draws the noise, see `seeded_noise`
     steps=20,               # diffusion steps
     newton_steps=5,         # inner steps K at each of them; 1 + 2K evaluations of D
     lr=(0.5, 0.1),          # step size, linear from the first diffusion step to the last, or one number
