@@ -79,9 +79,9 @@ def inpainting(model, images, device):
     shape, known = latents.y.shape, slice(0, images.shape[3] // 2)
     pixels, vae = DecodedConstraint(model.decode, A, A(images)), EncoderConstraint(model.decode, model.encode, A, A(images))
     runs = {"paper's loop": lambda: run(D, latents, shape, seeds, device),
-            "paper's loop on decoded pixels": lambda: run(D, pixels, shape, seeds, device),
             "fast solver in VAE space": lambda: run(D, vae, shape, seeds, device, fast_sampler, steps=24),
-            "projection without J": lambda: projection(D, latents, shape, seeds, device, steps=220)}  # fmt: skip
+            "projection without J": lambda: projection(D, latents, shape, seeds, device, steps=220),
+            "paper's loop on decoded pixels": lambda: run(D, pixels, shape, seeds, device)}  # fmt: skip
     with torch.inference_mode():
         own = model.decode(model.encode(images))
     out = {"pictures": len(images), "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}
@@ -96,6 +96,7 @@ def inpainting(model, images, device):
                      "known_psnr_reencoded": mean(psnr(again[..., known], images[..., known])),
                      "known_pixels_bit_equal": torch.equal(final[..., known], images[..., known]),
                      "psnr": mean(psnr(final, images)), **perceptual(final, images)}  # fmt: skip
+        print(f"{name}: {json.dumps(out[name])}", flush=True)  # minutes each
     return out
 
 
