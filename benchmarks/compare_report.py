@@ -1,119 +1,192 @@
-"""Table and figure of compare.csv."""
-
-import csv
+"""Tables and figures of compare.csv."""
 
 import matplotlib
 import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from compare_tasks import MEASURES, bootstrap, kernels, kid  # noqa: E402
 
-TITLES = {"half": "right half missing", "hole": "centre hole", "strokes": "brush strokes", "sparse": "90 % of pixels missing",
-          "sr4": "x4 super-resolution", "blur": "blur, noise 0.05"}  # fmt: skip
+from ldm.comparison import MEASURES, TASKS  # noqa: E402
+from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_weights  # noqa: E402
+
 NAMES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "accuracy": "label accuracy",
          "kid": "KID"}  # fmt: skip
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
-QUANTILES = torch.tensor([0.025, 0.975], dtype=torch.float64)
+FAMILIES = {  # family: (colour, its methods in the order of the line styles)
+    "ours": ("#d62728", ["fast"]),
+    "the paper's loop": ("#1f4e9c", ["paper", "paper, lr 0.1", "paper, eta 1", "paper, lr 0.1, eta 1"]),
+    "back-propagating": ("#2a8c4a", ["gradient steps", "DPS", "PSLD"]),
+    "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint"]),
+    "azula, back-propagating": ("#7b3fa0", ["azula MMPS", "azula TMPD", "azula PGDM", "azula DPS"]),
+    "azula, without Jacobian": ("#b9a032", ["azula DiffPIR", "azula RePaint"]),
+    "deepinv": ("#4d4d4d", ["deepinv PiGDM", "deepinv DPS", "deepinv DDRM", "deepinv DiffPIR"]),
+}
+BACK_PROPAGATING = ["gradient steps", "DPS", "PSLD", *FAMILIES["azula, back-propagating"][1], "deepinv PiGDM", "deepinv DPS"]
+LINES, MARKERS = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))], "osD^"
 
 
-def report(path, model, n, out, kept, reference):
-    """compare-MODEL.md and -.png of this model's rows with n images; paired differences of what lies in the folder `kept`."""
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == model and int(row["images"]) == n]
+def evaluations(row):
+    return float(row["nfe_forward"]) + float(row["nfe_backward"])
+
+
+def report(rows, name, model, out, file_of):
+    """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its samples, for paired differences."""
+    rows = _most_images([row for row in rows if row["model"] == name])
     if not rows:
         return
-    (out / f"compare-{model}.md").write_text("\n".join(table(rows, model, n, kept, reference)) + "\n")
-    figure(rows, out / f"compare-{model}.png")
-    print((out / f"compare-{model}.md").read_text())
+    text = "\n".join(table(rows, name, model) + differences(rows, model, file_of)) + "\n"
+    (out / f"compare-{name}.md").write_text(text)
+    figure(rows, out / f"compare-{name}.png", "seconds", "seconds per image")
+    figure(rows, out / f"compare-{name}-evaluations.png", "evaluations", "evaluations of the network, forward + backward")
+    print(text)
 
 
-def table(rows, model, n, kept, reference):
-    measures = [m for m in (*MEASURES, "kid") if any(row[m] != "nan" for row in rows)]
-    lines = [f"# {model}, {n} images", "",
-             "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward."]
+def _most_images(rows):
+    """Of rows with the same task, method and budget that with the most images; tasks in TASKS' order."""
+    best = {}
+    for row in sorted(rows, key=lambda row: int(row["images"])):
+        best[row["task"], row["method"], row["budget"]] = row
+    return sorted(best.values(), key=lambda row: list(TASKS).index(row["task"]))
+
+
+def measured(rows):
+    return [m for m in MEASURES if any(row[m] != "nan" for row in rows)]
+
+
+def table(rows, name, model):
+    measures, counts = measured(rows), sorted({int(row["images"]) for row in rows})
+    images = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
+    lines = [f"# {name}, {images} images", "",
+             "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward. "
+             "MiB: peak memory of one diffusion step, and its ratio to a step without constraint. Measurement RMSE: over the known "
+             f"pixels, or what else was measured. KID: in {model.features}."]  # fmt: skip
+    if "lpips" not in measures and lpips_weights() is None:
+        lines += ["LPIPS is left out: AlexNet's weights are missing (make data-lpips)."]
     for task in dict.fromkeys(row["task"] for row in rows):
-        lines += ["", f"## {TITLES[task]}", "",
-                  "| method | evaluations | s per image | " + " | ".join(NAMES[m] for m in measures) + " |",
-                  "|" + "---|" * (3 + len(measures))]  # fmt: skip
-        for row in sorted((r for r in rows if r["task"] == task), key=lambda r: float(r["nfe_forward"]) + float(r["nfe_backward"])):
+        lines += ["", f"## {TASKS[task]}", "", *_head("method | images | evaluations | s per image | MiB per image", measures)]
+        for row in sorted((r for r in rows if r["task"] == task), key=evaluations):
             backward = f" + {float(row['nfe_backward']):.0f}" if float(row["nfe_backward"]) else ""
-            cells = [row["method"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.2f}"]
+            memory = float(row["memory"] or "nan"), float(row["memory"] or "nan") / float(row["memory_plain"] or "nan")
+            cells = [row["method"], row["images"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.3f}",
+                     f"{memory[0]:.2f} (x {memory[1]:.2f})"]  # fmt: skip
             cells += [f"{float(row[m]):.3g} [{float(row[m + '_low']):.3g}, {float(row[m + '_high']):.3g}]" for m in measures]
             lines.append("| " + " | ".join(cells) + " |")
-    return lines + differences(rows, model, n, kept, reference, measures)
+    return lines
 
 
-def differences(rows, model, n, kept, reference, measures):
-    """`fast` against the paper's loop at 220 evaluations in each of its settings, image by image."""
-    load = lambda task, method, budget: kept / f"{model}-{n}-{task}-{method}-{budget}.pt".replace(" ", "_")  # noqa: E731
-    lines = ["", "## fast minus the paper's loop at 220 evaluations, paired", "",
-             "| task | evaluations | the paper's | " + " | ".join(NAMES[m] for m in measures) + " |",
-             "|" + "---|" * (3 + len(measures))]  # fmt: skip
-    draws, rules = bootstrap(n), len(lines)
-    theirs_rows = [r for r in rows if r["method"].startswith("paper") and r["budget"] == "220"]
-    pairs = ((a, b) for a in rows if a["method"] == "fast" for b in theirs_rows if b["task"] == a["task"])
-    for row, other in sorted(pairs, key=lambda p: (p[0]["task"], p[1]["method"], int(p[0]["budget"]))):
-        files = load(row["task"], "fast", row["budget"]), load(row["task"], other["method"], 220)
-        if not all(f.is_file() for f in files):
+def _head(columns, measures):
+    columns = [*columns.split(" | "), *(NAMES[m] for m in measures)]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def differences(rows, model, file_of):
+    """Two tables of paired differences, image by image: `fast` minus the paper's loop at 220 evaluations in each of its settings,
+    and minus every back-propagating method at equal wall time."""
+    measures, lines = measured(rows), []
+    of = lambda task, test: [r for r in rows if r["task"] == task and test(r)]  # noqa: E731
+    ours = sorted((r for r in rows if r["method"] == "fast"), key=lambda r: int(r["budget"]))
+    ours = [r for task in TASKS for r in ours if r["task"] == task]
+    pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: r["method"].startswith("paper") and r["budget"] == "220")]
+    lines += _differences("fast minus the paper's loop at 220 evaluations, paired", "", pairs, measures, model, file_of)
+    pairs = []
+    for a in (r for r in ours if r["budget"] == "44"):
+        for method in BACK_PROPAGATING:
+            theirs = sorted(of(a["task"], lambda r, m=method: r["method"] == m), key=lambda r: float(r["seconds"]))
+            dearer = [r for r in theirs if float(r["seconds"]) >= float(a["seconds"])]
+            pairs += [(a, (dearer or theirs[-1:])[0])] if theirs else []
+    note = "The other method's cheapest row that takes at least as long as fast at 44 evaluations, or its dearest if none does."
+    return lines + _differences("fast minus back-propagating methods at equal time, paired", note, pairs, measures, model, file_of)
+
+
+def _differences(title, note, pairs, measures, model, file_of):
+    lines = []
+    for a, b in pairs:
+        if not all(file_of(row).is_file() for row in (a, b)):
             continue
-        ours, theirs = (torch.load(f, weights_only=True) for f in files)
+        ours, theirs = (torch.load(file_of(row), weights_only=True) for row in (a, b))
+        n = min(len(ours["x"]), len(theirs["x"]))
         cells = []
         for m in measures:
-            if m == "kid":
-                low, middle, high = _kid_difference(ours["features"], theirs["features"], reference, draws[:200])
-            else:
-                d = (ours[m] - theirs[m]).double()
-                middle, (low, high) = d.mean().item(), torch.quantile(d[draws].mean(1), QUANTILES).tolist()
-            worse = low > 0 if m in LOWER_IS_BETTER else high < 0
-            better = high < 0 if m in LOWER_IS_BETTER else low > 0
+            middle, (low, high) = _difference(ours, theirs, m, n, model.reference)
+            worse, better = (low > 0, high < 0) if m in LOWER_IS_BETTER else (high < 0, low > 0)
             cells.append(f"{middle:+.3g} [{low:+.3g}, {high:+.3g}]{' worse' if worse else ' better' if better else ''}")
-        lines.append(f"| {TITLES[row['task']]} | {float(row['nfe_forward']):.0f} | {other['method']} | {' | '.join(cells)} |")
-    return lines if len(lines) > rules else []
+        costs = [f"{evaluations(r):.0f}, {float(r['seconds']):.3f} s" for r in (a, b)]
+        lines.append(f"| {TASKS[a['task']]} | {costs[0]} | {b['method']}: {costs[1]} | {n} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return ["", f"## {title}", *(["", note] if note else []), "", *_head("task | fast | the other | images", measures), *lines]
 
 
-def _kid_difference(ours, theirs, reference, draws):
-    a, b = (kernels(f, reference) for f in (ours, theirs))
-    everything = torch.arange(len(ours))
-    samples = torch.tensor([kid(a, i) - kid(b, i) for i in draws]).double()
-    low, high = torch.quantile(samples, QUANTILES).tolist()
-    return low, kid(a, everything) - kid(b, everything), high
+def _difference(ours, theirs, measure, n, reference):
+    draws = bootstrap(n)
+    if measure == "kid":
+        a, b = (kernel_parts(values["features"][:n], reference) for values in (ours, theirs))
+        return kid(a) - kid(b), interval(torch.tensor([kid(a, i) - kid(b, i) for i in draws[:200]]))
+    d = (ours[measure][:n] - theirs[measure][:n]).double()
+    return d.mean().item(), interval(d[draws].mean(1))
 
 
-def figure(rows, path):
-    """Quality against cost: one row of panels per task, one curve per method."""
-    measures = [m for m in ("lpips", "kid", "accuracy", "residual") if any(row[m] != "nan" for row in rows)]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    fig, axes = plt.subplots(len(tasks), len(measures), figsize=(3.2 * len(measures), 2.5 * len(tasks) + 0.7), squeeze=False)
-    colours = {method: plt.get_cmap("tab20").colors[i % 20] for i, method in enumerate(methods)}
+# ---- figures
+
+
+def figure(rows, path, cost, label):
+    """Quality against cost: one row of panels per task, one curve per method, a colour for each family of methods."""
+    measures, tasks = [m for m in ("lpips", "kid", "accuracy", "residual") if m in measured(rows)], {row["task"] for row in rows}
+    tasks = [task for task in TASKS if task in tasks]
+    present = {row["method"] for row in rows}
+    families = {f: [m for m in methods if m in present] for f, (_, methods) in FAMILIES.items()}
+    families = {f: methods for f, methods in families.items() if methods}
+    fig, axes = plt.subplots(len(tasks), len(measures), figsize=(4.1 * len(measures), 3.0 * len(tasks) + 1.9), squeeze=False)
     for task, line in zip(tasks, axes, strict=True):
         for measure, ax in zip(measures, line, strict=True):
-            for method in methods:
-                points = sorted((float(r["seconds"]), *(float(r[measure + s]) for s in ("", "_low", "_high"))) for r in rows
-                                if r["task"] == task and r["method"] == method)  # fmt: skip
-                if not points:
-                    continue
-                x, y, low, high = map(torch.tensor, zip(*points, strict=True))
-                thick = 2.5 if method == "fast" else 1.2
-                if measure == "residual":
-                    y = y.clamp_min(1e-4)
-                else:
-                    ax.fill_between(x, low, high, color=colours[method], alpha=0.08, lw=0)
-                ax.plot(x, y, "o-", ms=3.5, lw=thick, color=colours[method], label=method, zorder=3 if method == "fast" else 2)
-            ax.set_xscale("log")
-            if measure == "residual":
-                ax.set_yscale("log")
-            ax.grid(alpha=0.25, lw=0.5)
+            for family, methods in families.items():
+                for method in methods:
+                    _curve(ax, [r for r in rows if r["task"] == task and r["method"] == method], measure, cost, family, method)
+            _decorate(ax, measure, task if measure == measures[0] else None, label if task == tasks[-1] else None)
             if task == tasks[0]:
-                ax.set_title(f"{NAMES[measure]}, {'lower' if measure in LOWER_IS_BETTER else 'higher'} is better", fontsize=9)
-            if measure == measures[0]:
-                ax.set_ylabel(TITLES[task], fontsize=9)
-            if task == tasks[-1]:
-                ax.set_xlabel("seconds per image", fontsize=9)
-            ax.tick_params(labelsize=8)
-    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="upper center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
-    fig.tight_layout(rect=(0, 0, 1, 1 - 0.55 / fig.get_figheight()))
-    fig.savefig(path, dpi=110)
+                ax.set_title(f"{NAMES[measure]}  ({'lower' if measure in LOWER_IS_BETTER else 'higher'} is better)", fontsize=11)
+    height = fig.get_figheight()
+    fig.tight_layout(rect=(0, 0, 1, 1 - 1.35 / height))
+    for i, (family, methods) in enumerate(families.items()):
+        handles = [plt.Line2D([], [], **_style(family, m)) for m in methods]
+        corner = 0.02 + 0.965 * i / len(families), 1 - 0.08 / height
+        fig.legend(handles, methods, title=family, loc="upper left", bbox_to_anchor=corner, fontsize=9, title_fontsize=9.5,
+                   frameon=False, handlelength=3.2, alignment="left")  # fmt: skip
+    fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def _style(family, method):
+    colour, methods = FAMILIES[family]
+    i, ours = methods.index(method), family == "ours"
+    return dict(color=colour, ls=LINES[i], marker=MARKERS[i], ms=6 if ours else 3.5, lw=3 if ours else 1.4, zorder=4 if ours else 2)
+
+
+def _curve(ax, rows, measure, cost, family, method):
+    x_of = evaluations if cost == "evaluations" else lambda r: float(r["seconds"])
+    points = sorted((x_of(r), *(float(r[measure + end]) for end in ("", "_low", "_high"))) for r in rows)
+    if not points:
+        return
+    x, y, low, high = zip(*points, strict=True)
+    style = _style(family, method)
+    if measure == "residual":
+        y = [max(v, 1e-4) for v in y]  # what is met to rounding lies on the lower edge
+    elif method in ("fast", "paper"):
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+    ax.plot(x, y, **style)
+
+
+def _decorate(ax, measure, task, label):
+    ax.set_xscale("log")
+    if measure == "residual":
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=7e-5)
+    if measure == "kid":
+        ax.set_yscale("symlog", linthresh=10)
+    ax.grid(alpha=0.25, lw=0.5)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9)
+    if task:
+        ax.set_ylabel(TASKS[task], fontsize=12, fontweight="bold")
+    if label:
+        ax.set_xlabel(label, fontsize=10)

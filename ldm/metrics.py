@@ -1,8 +1,9 @@
-"""Measures of picture and sample quality: thin over torchmetrics and lpips."""
+"""Measures of picture and sample quality, thin over torchmetrics and lpips; features to measure them in; bootstrap intervals."""
 
 import functools
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import lpips
 import torch
@@ -55,6 +56,57 @@ def kernel_distance(features, reference, subsets=100, subset_size=1000, seed=0):
     return mean.item(), std.item()
 
 
+class KernelParts(NamedTuple):
+    """What the kernel distance is made of, kept apart so that a bootstrap need not compute it anew."""
+
+    within: torch.Tensor  # [N, N] kernels between the features
+    across: torch.Tensor  # [N] mean kernel to the reference
+    reference: float  # mean kernel between different pictures of the reference
+
+
+def kernel_parts(features, reference):
+    """KernelParts of features [N, d] and reference [M, d], float64: the kernel of `kernel_distance`, of all pictures at once."""
+    return KernelParts(_kernel(features, features), _kernel(features, reference).mean(1), _kernel_within(reference))
+
+
+def kid(parts, index=None):
+    """Kernel distance (unbiased MMD^2) of the pictures `index` [n], all if None. A picture drawn more than once is paired with
+    others only."""
+    index = torch.arange(len(parts.across)) if index is None else index
+    other = index[:, None] != index
+    within = (parts.within[index][:, index] * other).sum() / other.sum()
+    return (within - 2 * parts.across[index].mean()).item() + parts.reference
+
+
+def bootstrap(n, draws=1000, seed=0):
+    """Indices [draws, n] of n pictures drawn with replacement; the same for all methods, so that differences are paired."""
+    return torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+
+
+def interval(samples):
+    """The 95 % percentile interval (low, high) of bootstrap samples [draws]; a sample that is NaN (KID of one picture, drawn again
+    and again) is left out."""
+    return tuple(torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
+@torch.inference_mode()
+def judge_digits(classifier, images, device="cpu", batch=500):
+    """Features [N, 128] and class probabilities [N, 10] of digits [N, 1, 32, 32] in [-1, 1] by the shipped classifier, which is on
+    `device`; the results are on the CPU."""
+    features = torch.cat([classifier.features(x.to(device)).cpu() for x in images.split(batch)])
+    head = classifier.head
+    return features, torch.nn.functional.linear(features, head.weight.cpu(), head.bias.cpu()).softmax(1)
+
+
+@torch.inference_mode()
+def alexnet_features(images, batch=64):
+    """Features [N, 256] of pictures [N, 3, H, W] in [-1, 1], at least 64 x 64, on the CPU: AlexNet's last convolution, averaged
+    over the places. FileNotFoundError as in `lpips_distance`."""
+    network = _lpips(images.device)
+    means = [network.net(network.scaling_layer(x.clamp(-1, 1)))[-1].mean((2, 3)).cpu() for x in images.float().split(batch)]
+    return torch.cat(means)
+
+
 @functools.lru_cache(maxsize=1)
 def _lpips(device):
     path = lpips_weights()
@@ -69,6 +121,16 @@ def _lpips(device):
         _, index, kind = name.split(".")
         getattr(layers[index], kind).data.copy_(tensor)
     return network.to(device).requires_grad_(False)
+
+
+def _kernel(a, b):
+    return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+
+
+@functools.lru_cache(maxsize=2)
+def _kernel_within(reference):
+    kernels, m = _kernel(reference, reference), len(reference)
+    return ((kernels.sum() - kernels.diagonal().sum()) / (m * (m - 1))).item()
 
 
 def _unit_range(*images):

@@ -18,16 +18,9 @@ from ldm.checkpoints import load_model
 from ldm.data.mnist import MNIST
 from ldm.denoisers import Denoiser
 from ldm.images import from_uint8, grid, save_image
-from ldm.metrics import kernel_distance
+from ldm.metrics import judge_digits, kernel_distance
 from ldm.newton_sampler import sample
 from ldm.util import resolve_device
-
-
-@torch.inference_mode()
-def judge(classifier, images, device, batch=500):
-    """Features [N, 128] and class probabilities [N, 10] of images in [-1, 1], on the CPU."""
-    features = torch.cat([classifier.features(x.to(device)).cpu() for x in images.split(batch)])
-    return features, classifier.head.cpu()(features).softmax(1)
 
 
 def main():
@@ -55,9 +48,9 @@ def main():
         for b in tqdm(batches, desc=f"{args.steps}-step DDIM")
     ])  # fmt: skip
 
-    reference, p_test = judge(classifier, from_uint8(test.images), device)
-    real, _ = judge(classifier, from_uint8(train.images[: args.samples]), device)
-    fake, p = judge(classifier, samples, device)
+    reference, p_test = judge_digits(classifier, from_uint8(test.images), device)
+    real, _ = judge_digits(classifier, from_uint8(train.images[: args.samples]), device)
+    fake, p = judge_digits(classifier, samples, device)
     shares = torch.bincount(p.argmax(1), minlength=10) / len(p)
     kid, kid_std = kernel_distance(fake, reference)
     kid_real, kid_real_std = kernel_distance(real, reference)
