@@ -4,12 +4,15 @@ import torch
 from tiny import Judge
 
 from ldm.checkpoints import load_model
-from ldm.comparison import TASKS, Task, fast_steps, intervals  # noqa: F401  (compare_ablation.py takes them from here)
+from ldm import comparison
+from ldm.comparison import Task, fast_steps, intervals  # noqa: F401  (compare_ablation.py takes them from here)
 from ldm.data.emoji import Emoji
 from ldm.data.mnist import MNIST
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import from_uint8
 from ldm.metrics import judge_digits
+
+TASKS = list(comparison.TASKS)
 
 
 class _Model:

@@ -84,8 +84,8 @@ class Task:
         return x if self.first_stage is None else torch.cat([self.first_stage.decode(part) for part in x.split(batch)])
 
     def measure(self, x):
-        """{measure: [N]} of pictures x, on the CPU: RMSE of what was measured, of x as it is; of x clipped to [-1, 1] PSNR, SSIM and
-        LPIPS against the truth.
+        """{measure: [N]} of pictures x, on the CPU: RMSE of what was measured, of x as it is; PSNR, SSIM and LPIPS against the
+        truth, of x clipped to [-1, 1].
 
         LPIPS takes 64 x 64 pixels and more: smaller pictures are enlarged, grey ones tripled. NaN where its weights are missing.
         """
