@@ -3,8 +3,8 @@
 import torch
 from tiny import Judge
 
-from ldm.checkpoints import load_model
 from ldm import comparison
+from ldm.checkpoints import load_model
 from ldm.comparison import Task, fast_steps, intervals  # noqa: F401  (compare_ablation.py takes them from here)
 from ldm.data.emoji import Emoji
 from ldm.data.mnist import MNIST
