@@ -1,7 +1,7 @@
 """Every method of constrained sampling on the same network, pictures and seeds: quality against cost.
 
     python benchmarks/compare.py [--models mnist tiny] [--tasks half hole ...] [--methods paper fast ...]
-                                 [--budgets 20 44 100 220 1000] [--images 256] [--quick]
+                                 [--budgets 20 44 100 220 1000] [--images 256] [--compile] [--quick]
 
 Tasks: right half missing, centre hole, brush strokes, 90 % of the pixels missing, x4 super-resolution, blur with noise of
 sigma_y = 0.05. A budget is a number of network evaluations, a backward pass counted as one more; METHODS in ldm/comparison.py and
@@ -58,6 +58,7 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="sample nothing")
+    parser.add_argument("--compile", action="store_true", help="the network, by torch.compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="data", help="folder of the pictures")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -83,6 +84,8 @@ def main():
     kept.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         model = MODELS[name](args.data, args.images or MODELS[name].usual, device)
+        if args.compile:
+            model.D.compile()
         jobs = [] if args.report else [(t, m, b) for b in sorted(args.budgets) for t in args.tasks for m in methods]
         bar = tqdm(jobs, desc=name)
         for task_name, method, budget in bar:
