@@ -9,7 +9,8 @@ flow        the same with the rectified flow, `--flow`
 superres    four-fold, on a quarter as many pictures: the decoder's gradient and the encoder's difference, beside bicubic
 style       32 training captions, each with a held-out picture as reference, guided and unguided
 
-Needs the captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json.
+Needs the captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json, after each
+method what is there so far: each takes minutes.
 """
 
 import argparse
@@ -74,12 +75,13 @@ def perceptual(x, truth):
 
 
 def inpainting(model, images, device):
+    """Yields its table after each method, as the next two do."""
     mask, seeds = make_mask("right", images.shape[2:]).to(device), [i % 4 for i in range(len(images))]
     latents, A, D = latent_inpainting(model, images, mask), Mask(mask), LatentDenoiser(model, "")
     shape, known = latents.y.shape, slice(0, images.shape[3] // 2)
     pixels, vae = DecodedConstraint(model.decode, A, A(images)), EncoderConstraint(model.decode, model.encode, A, A(images))
-    runs = {"paper's loop": lambda: run(D, latents, shape, seeds, device),
-            "fast solver in VAE space": lambda: run(D, vae, shape, seeds, device, fast_sampler, steps=24),
+    runs = {"fast solver in VAE space": lambda: run(D, vae, shape, seeds, device, fast_sampler, steps=24),
+            "paper's loop": lambda: run(D, latents, shape, seeds, device),
             "projection without J": lambda: projection(D, latents, shape, seeds, device, steps=220),
             "paper's loop on decoded pixels": lambda: run(D, pixels, shape, seeds, device)}  # fmt: skip
     with torch.inference_mode():
@@ -96,8 +98,7 @@ def inpainting(model, images, device):
                      "known_psnr_reencoded": mean(psnr(again[..., known], images[..., known])),
                      "known_pixels_bit_equal": torch.equal(final[..., known], images[..., known]),
                      "psnr": mean(psnr(final, images)), **perceptual(final, images)}  # fmt: skip
-        print(f"{name}: {json.dumps(out[name])}", flush=True)  # minutes each
-    return out
+        yield out
 
 
 def superres(model, images, device, factor=4):
@@ -116,7 +117,7 @@ def superres(model, images, device, factor=4):
             x = model.decode(state.x_t).clamp(-1, 1)
         out[name] = {"nfe": state.nfe, "decoder_backward_passes": constraint.backward_passes, "seconds": round(seconds, 1),
                      **measures(x)}  # fmt: skip
-    return out
+        yield out
 
 
 def style(model, images, captions, names, device, lr=(0.1, 0.03)):
@@ -132,7 +133,7 @@ def style(model, images, captions, names, device, lr=(0.1, 0.03)):
         for name, z in {"unguided": unguided.x_t, "guided": guided.x_t}.items():
             ranks = judge.ranks(judge.features(in_batches(model.decode, z, device).clamp(-1, 1)), captions, names)
             out[f"caption_in_top_10_percent_{name}"] = share(ranks < 0.1 * len(names))
-    return out
+    yield out
 
 
 def main():
@@ -154,16 +155,16 @@ def main():
     captions = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(1))[: args.pictures // 2]]
     path = args.out / "tasks.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
+    tasks = {"inpainting": lambda: inpainting(model, images[: args.pictures], device),
+             "flow": lambda: inpainting(load_model(args.flow, device=device), images[: args.pictures], device),
+             "superres": lambda: superres(model, images[: args.pictures // 4], device),
+             "style": lambda: style(model, images[: args.pictures // 2], captions, names, device)}  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
-        results[task] = {
-            "inpainting": lambda: inpainting(model, images[: args.pictures], device),
-            "flow": lambda: inpainting(load_model(args.flow, device=device), images[: args.pictures], device),
-            "superres": lambda: superres(model, images[: args.pictures // 4], device),
-            "style": lambda: style(model, images[: args.pictures // 2], captions, names, device),
-        }[task]()
-        print(task, json.dumps(results[task], indent=2))
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        for table in tasks[task]():  # it grows
+            results[task] = table
+            print(task, json.dumps(table, indent=2), flush=True)
+            path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

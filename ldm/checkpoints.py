@@ -65,7 +65,8 @@ def load_model(source="tiny", config=None, device="auto", dtype=None, prediction
     """A pre-trained model: in eval mode, without gradients, its 4-D weights channels-last.
 
     source      a shipped model (a key of SHIPPED; "tiny" is a small text-to-image model of the kind of Stable Diffusion)
-                or the path of a .ckpt or .safetensors file
+                or the path of a .ckpt or .safetensors file; or a folder that diffusers has saved a pipeline to, which
+                then is the model of `ldm.diffusers_models.from_diffusers`
     config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or
                 found out from the file's tensors (Stable Diffusion v1 and v2). Its `parts` name files for those parts
                 of the model that the source itself does not hold
@@ -83,6 +84,12 @@ def load_model(source="tiny", config=None, device="auto", dtype=None, prediction
     dtype = torch.float32 if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.float16, torch.bfloat16 or None")
+    if (Path(source).expanduser() / "model_index.json").is_file():
+        if config is not None:
+            raise ValueError(f"config was given, but {source} is a diffusers pipeline, which has its own: leave config out")
+        from ldm.diffusers_models import from_diffusers  # takes seconds to import
+
+        return from_diffusers(Path(source).expanduser(), prediction=prediction, device=device, dtype=dtype)
     path, config = locate(source, config)
     stored = index(path)
     config = infer_config(path, stored, prediction) if config is None else config
@@ -127,7 +134,7 @@ def locate(source, config):
     path = Path(source).expanduser()
     if path.suffix not in (".ckpt", ".safetensors"):
         raise ValueError(f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a .ckpt "
-                         "or .safetensors file")
+                         "or .safetensors file or of a diffusers pipeline's folder (with model_index.json)")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     return path, config

@@ -6,69 +6,31 @@
     state = sample(D, constraint, constraint.y.shape, seeds=[0], device=model.device)
 
 All constants (betas, prediction type, scaling and shift factors, sample size, time spacing, flow shift) come from the pipeline's
-own configs. The steps are ours, DDIM or Euler: a multistep solver would carry a history from before a constraint's step. They end
-at the clean picture (alpha 1, sigma 0), as diffusers does with set_alpha_to_one. What only the pipelines' own sampling adds
-(clipping or thresholding of x0, safety checker, watermark) is not part of D.
+own configs. The steps are ours, DDIM or Euler (ldm/diffusers_schedules.py). What only the pipelines' own sampling adds (clipping or
+thresholding of x0, safety checker, watermark) is not part of D.
 """
 
-import copy
 import math
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 from einops import rearrange
 
-from ldm.denoisers import PREDICTIONS, LatentDenoiser
-from ldm.schedules import CLEAN, DiffusionSchedule, FlowSchedule
+from ldm.denoisers import LatentDenoiser
+from ldm.diffusers_schedules import REVERSED, read_scheduler
 from ldm.util import resolve_device
 
-# Schedulers of one and the same diffusion, x_t = alpha_t x_0 + sigma_t eps with trained betas, by the solvers they bring along.
-DIFFUSION_SCHEDULERS = (
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler", "DEISMultistepScheduler",
-)  # fmt: skip
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
-REVERSED = "-velocity"  # x0 - eps: the sign of InstaFlow and of Liu et al. 2023, against eps - x0 of SD3, Flux and FlowSchedule
 
-
-class PipelineSchedule(DiffusionSchedule):
-    """The betas of a pipeline's scheduler, visited at the times that diffusers' DDIMScheduler takes by its config."""
-
-    def __init__(self, scheduler):
-        super().__init__(scheduler.betas)
-        spacing = {name: scheduler.config[name] for name in ("timestep_spacing", "steps_offset") if name in scheduler.config}
-        self.ddim = diffusers.DDIMScheduler(len(self), **spacing)
-
-    def levels(self, steps):
-        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
-        if int(steps) != steps or not 1 <= steps <= len(self):
-            raise ValueError(f"steps = {steps}: give an integer from 1 to {len(self)}, the number of training steps")
-        self.ddim.set_timesteps(int(steps))
-        return [self.level(min(t, len(self) - 1)) for t in self.ddim.timesteps.tolist()[:steps]] + [CLEAN]
-
-
-class PipelineFlowSchedule(FlowSchedule):
-    """The flow of a FlowMatchEulerDiscreteScheduler, at the scheduler's own noise levels.
-
-    mu        of a dynamic shift (Esser et al. 2024), from the number of tokens; None: the scheduler's fixed shift
-    uniform   before the shift, sigma is 1, 1 - 1/steps ... 1/steps (Flux); otherwise what the scheduler itself takes (SD3)
-    """
-
-    def __init__(self, scheduler, mu=None, uniform=True):
-        super().__init__(scheduler.shift, scheduler.config.num_train_timesteps)
-        self.scheduler, self.mu, self.uniform = copy.deepcopy(scheduler), mu, uniform
-
-    def levels(self, steps):
-        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
-        if int(steps) != steps or steps < 1:
-            raise ValueError(f"steps = {steps}: give a positive integer")
-        sigmas = np.linspace(1.0, 1 / steps, int(steps)) if self.uniform else None
-        self.scheduler.set_timesteps(int(steps), sigmas=sigmas, mu=self.mu)
-        return [self.level(min(self.scale * s, self.scale)) for s in self.scheduler.sigmas.tolist()[:-1]] + [CLEAN]
+@contextmanager
+def ordinary_tensors():
+    """Inference mode off, whether gradients are recorded as it is: weights that an offloading hook moves to the device meanwhile
+    would else become inference tensors, which a later gradient (of the decoder) could not pass."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
 
 
 class Network:
@@ -85,7 +47,8 @@ class Network:
         if model.fixed_size and size != model.latent_size:
             raise ValueError(f"x_t has the size {list(size)}, but the noise levels of this pipeline, which depend on it, are those "
                              f"for {list(model.latent_size)}: give from_diffusers the size in pixels")
-        out = model.predict(x_t.to(model.dtype), t, context if context is None else context.to(model.dtype))
+        with ordinary_tensors():
+            out = model.predict(x_t.to(model.dtype), t, context if context is None else context.to(model.dtype))
         return -out.to(x_t.dtype) if model.reversed else out.to(x_t.dtype)
 
 
@@ -108,7 +71,6 @@ class PipelineModel:
     patch = None  # side of the patches of a transformer, in latent pixels
     addition = None  # a U-Net's addition_embed_type
     uniform = True  # see PipelineFlowSchedule
-    fixed_size = False  # whether the noise levels are those of one size
 
     def __init__(self, pipeline, size=None, prediction=None):
         self.pipeline = pipeline
@@ -124,7 +86,9 @@ class PipelineModel:
         self.latent_size = tuple(n // self.downsampling for n in size)
         self.image_size = min(self.latent_size)
         self.network = Network(self)
-        self.schedule, self.parameterization, self.reversed = self.read_scheduler(pipeline.scheduler, prediction)
+        tokens = math.prod(n // (self.patch or 1) for n in self.latent_size)
+        self.schedule, self.parameterization, self.reversed = read_scheduler(pipeline.scheduler, prediction, tokens, self.uniform)
+        self.fixed_size = getattr(self.schedule, "mu", None) is not None  # whether the noise levels are those of one size
 
     @property
     def device(self):
@@ -162,40 +126,6 @@ class PipelineModel:
             raise ValueError(f"addition_embed_type = {config.get('addition_embed_type')!r} in the network's config: "
                              f"{type(self.pipeline).__name__} is supported with {self.addition!r}")
 
-    def read_scheduler(self, scheduler, prediction):
-        """(schedule, what the network predicts by the names of ldm.denoisers, whether its sign is the reverse)."""
-        name, config = type(scheduler).__name__, scheduler.config
-        flow = name == "FlowMatchEulerDiscreteScheduler"
-        if not flow and name not in DIFFUSION_SCHEDULERS:
-            raise ValueError(f"scheduler {name} is not supported; known are FlowMatchEulerDiscreteScheduler, "
-                             f"{', '.join(DIFFUSION_SCHEDULERS)}")
-        if prediction is not None and prediction not in (*PREDICTIONS, REVERSED):
-            raise ValueError(f"prediction = {prediction!r}: known are {', '.join(map(repr, (*PREDICTIONS, REVERSED)))}")
-        velocity = (prediction or "velocity" if flow else prediction) in ("velocity", REVERSED)
-        if flow:
-            if not velocity:
-                raise ValueError(f"prediction = {prediction!r}: with {name} it is 'velocity' or {REVERSED!r}")
-            for option in ("invert_sigmas", "stochastic_sampling"):
-                if config.get(option):
-                    raise ValueError(f"{option} = {config[option]!r} in the config of {name} is not supported")
-            return PipelineFlowSchedule(scheduler, self.mu(config), self.uniform), "velocity", prediction == REVERSED
-        if velocity:  # a rectified flow made of a diffusion model, whose scheduler is a relic
-            return FlowSchedule(scale=config.num_train_timesteps), "velocity", prediction == REVERSED
-        if prediction is None and config.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type = {config.prediction_type!r} in the config of {name} is not supported; known are "
-                             f"{', '.join(map(repr, PREDICTION_TYPES))}")
-        return PipelineSchedule(scheduler), prediction or PREDICTION_TYPES[config.prediction_type], False
-
-    def mu(self, config):
-        """Of the dynamic shift: linear in the number of tokens. None where the shift is fixed."""
-        if not config.get("use_dynamic_shifting"):
-            return None
-        self.fixed_size = True
-        tokens = math.prod(n // self.patch for n in self.latent_size)
-        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return base + (most - base) * (tokens - first) / (last - first)
-
     def encode(self, images):
         """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f], the posterior's mean, shifted and scaled."""
         f = self.downsampling
@@ -203,13 +133,15 @@ class PipelineModel:
             raise ValueError(f"images have shape {list(images.shape)}, but this pipeline takes [B, 3, H, W] with H and W "
                              f"divisible by {f}")
         mean, std = self.latent_statistics(images)
-        z = self.pipeline.vae.encode(images.to(self.device, self.vae_dtype())).latent_dist.mode()
+        with ordinary_tensors():
+            z = self.pipeline.vae.encode(images.to(self.device, self.vae_dtype())).latent_dist.mode()
         return (z.to(images) - mean) / std
 
     def decode(self, z):
         """Latents z [B, channels, h, w] -> pictures [B, 3, f h, f w], about -1 .. 1, not clipped. Differentiable."""
         mean, std = self.latent_statistics(z)
-        return self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample.to(z)
+        with ordinary_tensors():
+            return self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample.to(z)
 
     def latent_statistics(self, like):
         """What takes the autoencoder's latents to unit variance: (z - mean) / std."""
@@ -381,6 +313,9 @@ def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, 
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
             pipeline = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32, **kwargs)
         pipeline.to(resolve_device("auto" if device is None else device))
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False)  # the decoder's gradient is that of its input: less to be kept for it
     else:
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: only for a path or name, but source is a {type(source).__name__}")

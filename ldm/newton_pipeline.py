@@ -9,8 +9,6 @@ that is loaded already, `NewtonConstrainedPipeline(**pipe.components)`. The samp
 those of this repository, which has to be installed (pip install -e .).
 """
 
-from itertools import pairwise
-
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -26,7 +24,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from ldm.constraints import latent_inpainting
 from ldm.diffusers_models import PipelineDenoiser, from_diffusers
 from ldm.inpainting import blend, check_mask
-from ldm.newton_sampler import H, jvp, unit
+from ldm.newton_sampler import H, newton_sampler
+from ldm.solver import fast_sampler
+
+METHODS = {"paper": newton_sampler, "fast": fast_sampler}
 
 
 class NewtonConstrainedPipeline(DiffusionPipeline):
@@ -92,10 +93,11 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         true_cfg_scale=1.0,             # of Flux: classifier-free guidance s
         negative_prompt=None,
         num_images_per_prompt=1,
-        newton_steps=5,                 # inner steps at each diffusion step: 2 network evaluations each; 0 samples freely
-        lr=(0.5, 0.1),                  # their length in |.|_inf, from the first diffusion step to the last, or one number
+        method="paper",                 # "paper": its loop (ldm.newton_sampler), or "fast": one correction a step (ldm.solver)
+        newton_steps=5,                 # paper: inner steps at each diffusion step, 2 evaluations each; 0 samples freely
+        lr=(0.5, 0.1),                  # paper: their length in |.|_inf, first and last diffusion step, or one number
         h=None,                         # finite-difference length; None: by the network's dtype
-        eta=0.0,                        # 0: DDIM, 1: ancestral noise
+        eta=None,                       # 0: DDIM, 1: ancestral noise; None: as the method is meant, 0 for "paper", 1 for "fast"
         seam="poisson",                 # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
         constraint=None,                # instead of image and mask: a function model -> constraint (ldm/constraints.py)
         generator=None,                 # one torch.Generator, or a list of one per picture
@@ -107,6 +109,8 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
     ):  # fmt: skip
         """Pictures whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. There is no `strength`:
         sampling starts from noise, and the constraint alone holds the known part. ValueError for arguments that do not fit."""
+        if method not in METHODS:
+            raise ValueError(f"method = {method!r}: known are {', '.join(map(repr, METHODS))}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: known are {self._callback_tensor_inputs}")
         plain, device, picture, mask = self.plain_pipeline(), self._execution_device, None, None
@@ -129,30 +133,24 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             constraint = latent_inpainting(model, picture, mask)
         elif constraint is not None:
             constraint = constraint(model)
-        D, h = PipelineDenoiser(model, prompt, guidance_scale, negative_prompt), h or H[model.dtype]
-        lr_first, lr_last = lr if isinstance(lr, (tuple, list)) else (lr, lr)
-        if newton_steps != int(newton_steps) or newton_steps < 0 or not min(lr_first, lr_last) > 0 or not 0 <= eta <= 1:
-            raise ValueError(f"newton_steps = {newton_steps}, lr = {lr}, eta = {eta}: give an integer >= 0, positive numbers, and "
-                             "a number from 0 to 1")  # fmt: skip
-        levels = list(pairwise(D.schedule.levels(num_inference_steps)))
-        self._num_timesteps, self._interrupt = len(levels), False
+        D = PipelineDenoiser(model, prompt, guidance_scale, negative_prompt)
+        sampler, options = METHODS[method], {"h": H[model.dtype] if h is None else h, "device": device}
+        options |= {"newton_steps": newton_steps, "lr": lr} if method == "paper" else {}
+        options |= {} if eta is None else {"eta": eta}
+        self._num_timesteps, self._interrupt = num_inference_steps, False
+        first = [] if latents is None else [latents.to(device, torch.float32)]
 
         def noise():
-            return randn_tensor(shape, generator, device, torch.float32)
+            return first.pop() if first else randn_tensor(shape, generator, device, torch.float32)
 
-        x_t = noise() if latents is None else latents.to(device, torch.float32)
-        with self.progress_bar(total=len(levels)) as bar:
-            for i, (now, to) in enumerate(levels):
-                x0, lr_now = D(x_t, now.t), lr_first + (lr_last - lr_first) * i / max(len(levels) - 1, 1)
-                for _ in range(newton_steps):
-                    e, _ = constraint(x0)
-                    x_t = x_t + lr_now * unit(jvp(D, x_t, now.t, e, x0, h))
-                    x0 = D(x_t, now.t)
-                x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for state in sampler(D, constraint, shape, noise, num_inference_steps, **options):
+                x_t = state.x_t
                 if callback_on_step_end is not None:
-                    values = {"latents": x_t, "x0": x0}
-                    chosen = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                    x_t = callback_on_step_end(self, i, torch.tensor(now.t), chosen).pop("latents", x_t)
+                    values = {"latents": x_t, "x0": state.x0}
+                    values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+                    values = callback_on_step_end(self, state.step - 1, torch.tensor(state.t), values)
+                    x_t.copy_(values.pop("latents", x_t))  # in place: the sampler goes on from there
                 bar.update()
                 if self.interrupt:
                     break

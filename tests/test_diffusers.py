@@ -1,127 +1,30 @@
 """Diffusers pipelines as models: small ones of every family, of random weights, against the pipelines' own sampling."""
 
-import json
 from itertools import pairwise
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from common import randomised
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from open_clip.tokenizer import bytes_to_unicode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from diffusers import FlowMatchEulerDiscreteScheduler
+from pipelines import FAMILIES, build, ddim
 
 from ldm.constraints import inpainting, latent_inpainting
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.diffusers_models import PipelineDenoiser, from_diffusers
 from ldm.inpainting import make_mask
 from ldm.newton_sampler import jvp, sample, seeded_noise
-from ldm.schedules import CLEAN
+from ldm.schedules import CLEAN, DiffusionSchedule, make_beta_schedule
 
-FAMILIES = ["pixels", "sd", "sd-v", "sdxl", "sd3", "flux", "sd-flow", "instaflow"]
 TEXT = [name for name in FAMILIES if name != "pixels"]
 PROMPTS = ["a red cat", "two dogs"]
 
 
-class InstaFlowPipeline(diffusers.StableDiffusionPipeline):
-    """Samples as diffusers' community pipeline of this name: x += v / steps, v = x0 - eps, at the times 1000 (1 - i / steps)."""
-
-    @torch.no_grad()
-    def __call__(self, prompts, num_inference_steps, latents, guidance_scale, negative_prompt=None, **_):
-        tokens = self.encode_prompt(prompts, "cpu", 1, True, negative_prompt)
-        for i in range(num_inference_steps):
-            t = torch.full((2 * len(latents),), 1000 * (1 - i / num_inference_steps))
-            v_u, v_c = self.unet(latents.repeat(2, 1, 1, 1), t, torch.cat(tokens[::-1])).sample.chunk(2)
-            latents = latents + (v_u + guidance_scale * (v_c - v_u)) / num_inference_steps
-        return SimpleNamespace(images=self.vae.decode(latents / self.vae.config.scaling_factor).sample / 2 + 0.5)
-
-
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """CLIP's, of bytes only."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = [*bytes_to_unicode().values()]
-    letters += [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=20)
-
-
-def text_encoder(cls=CLIPTextModel, width=32):
-    return cls(CLIPTextConfig(vocab_size=514, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                              max_position_embeddings=20, projection_dim=width, bos_token_id=512, eos_token_id=513))  # fmt: skip
-
-
-def vae(channels=4, **kwargs):
-    return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=8,
-                         block_out_channels=(16, 32), latent_channels=channels, sample_size=16, **kwargs)  # fmt: skip
-
-
-def unet(**kwargs):
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **{"cross_attention_dim": 32, "attention_head_dim": 2, **kwargs})  # fmt: skip
-
-
-def ddim(**kwargs):
-    options = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
-    return DDIMScheduler(**{**options, "timestep_spacing": "trailing", **kwargs})
-
-
-def build(family, tokenizer, scheduler=None):
-    """A pipeline of the family's own class: every weight random, all its components small."""
-    torch.manual_seed(0)
-    euler = FlowMatchEulerDiscreteScheduler
-    stable = dict(tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    if family == "pixels":
-        pipe = diffusers.DDIMPipeline(
-            diffusers.UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
-                                  norm_num_groups=8, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                                  up_block_types=("AttnUpBlock2D", "UpBlock2D")),
-            scheduler or DDIMScheduler(clip_sample=False))  # fmt: skip
-    elif family in ("sd", "sd-v", "sd-flow", "instaflow"):
-        default = dict(sd=ddim(), instaflow=ddim()) | {"sd-v": ddim(prediction_type="v_prediction", timestep_spacing="leading"),
-                                                       "sd-flow": euler(shift=1.5)}  # fmt: skip
-        cls = InstaFlowPipeline if family == "instaflow" else diffusers.StableDiffusionPipeline
-        pipe = cls(vae=vae(scaling_factor=0.3), text_encoder=text_encoder(), unet=unet(),
-                   scheduler=scheduler or default[family], **stable)  # fmt: skip
-    elif family == "sdxl":
-        pipe = diffusers.StableDiffusionXLPipeline(
-            vae=vae(scaling_factor=0.2), text_encoder=text_encoder(), text_encoder_2=text_encoder(CLIPTextModelWithProjection, 16),
-            tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler or ddim(), add_watermarker=False,
-            unet=unet(cross_attention_dim=48, addition_embed_type="text_time", addition_time_embed_dim=8,
-                      projection_class_embeddings_input_dim=16 + 6 * 8, transformer_layers_per_block=(1, 2)))  # fmt: skip
-    elif family == "sd3":
-        pipe = diffusers.StableDiffusion3Pipeline(
-            transformer=diffusers.SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2,
-                                                        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
-                                                        caption_projection_dim=32, pooled_projection_dim=48, out_channels=4),
-            vae=vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-            text_encoder=text_encoder(CLIPTextModelWithProjection), tokenizer=tokenizer,
-            text_encoder_2=text_encoder(CLIPTextModelWithProjection, 16), tokenizer_2=tokenizer,
-            text_encoder_3=None, tokenizer_3=None, scheduler=scheduler or euler(shift=3.0))  # fmt: skip
-    else:
-        pipe = diffusers.FluxPipeline(
-            transformer=diffusers.FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
-                                                         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
-                                                         pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True),
-            vae=vae(scaling_factor=0.4, shift_factor=0.1), text_encoder=text_encoder(), tokenizer=tokenizer, tokenizer_2=tokenizer,
-            text_encoder_2=T5EncoderModel(T5Config(vocab_size=514, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)),
-            scheduler=scheduler or euler(use_dynamic_shifting=True))  # fmt: skip
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            randomised(component)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def pipelines(tokenizer):
+def pipelines():
     """Each family once, with its model for the sampler on pictures of 16 x 16 (pixels: 8 x 8)."""
-    pipes = {family: build(family, tokenizer) for family in FAMILIES}
+    pipes = {family: build(family) for family in FAMILIES}
     return {family: (pipe, from_diffusers(pipe, size=(8, 8) if family == "pixels" else (16, 16))) for family, pipe in pipes.items()}
 
 
@@ -182,6 +85,39 @@ def test_a_step_is_the_scheduler_s_at_every_time(family, pipelines):
             theirs = step.prev_sample
             torch.testing.assert_close(x0, step.pred_original_sample, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model.schedule.step(x, x0, now, to), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd-v", "sd3", "flux"])
+def test_x0_is_the_scheduler_s_at_all_thousand_times(family, pipelines):
+    """Of one and the same prediction: `pred_original_sample` of DDIM, x_t - sigma v of the flows."""
+    pipe, model = pipelines[family]
+    x, out = (seeded_noise((1, model.channels, *model.latent_size), [seed])() for seed in (1, 2))
+    D = Denoiser(lambda x_t, t: out, model.schedule, model.parameterization)
+    if family in ("sd3", "flux"):
+        levels, sigmas = model.schedule.levels(1000)[:-1], model.schedule.scheduler.sigmas
+        theirs = [x - sigma * out for sigma in sigmas[:-1]]
+    else:
+        pipe.scheduler.set_timesteps(1000)
+        levels = [model.schedule.level(t) for t in range(1000)]
+        theirs = [pipe.scheduler.step(out, t, x).pred_original_sample for t in range(1000)]
+    for now, expected in zip(levels, theirs, strict=True):
+        torch.testing.assert_close(D(x, now.t), expected, atol=1e-5, rtol=1e-5)
+    assert len({now.t for now in levels}) == 1000
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_fixed_and_dynamic_shift_and_no_guidance_embedding(family):
+    """The other way round than above: FLUX.1-schnell's fixed shift, without guidance as an input; SD3 with a dynamic one."""
+    dynamic = family == "sd3"
+    pipe = build(family, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=1.5))
+    if family == "flux":
+        pipe.transformer = randomised(type(pipe.transformer).from_config({**pipe.transformer.config, "guidance_embeds": False}))
+    model = from_diffusers(pipe, size=(16, 16))
+    shape = (2, 4, 8, 8)
+    state = sample(denoiser(model), None, shape, [3, 4], steps=4)
+    theirs = own_images(family, pipe, 4, seeded_noise(shape, [3, 4])()).clamp(0, 1)
+    assert ((model.decode(state.x_t) / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 1e-4
+    assert model.fixed_size == dynamic
 
 
 @pytest.mark.parametrize("family", TEXT)
@@ -250,8 +186,8 @@ def test_encode_is_the_posterior_s_mean_and_decode_its_inverse_in_scale(family, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_weights_take_and_give_float32(family, tokenizer, pipelines):
-    model = from_diffusers(build(family, tokenizer), size=pipelines[family][1].latent_size if family == "pixels" else (16, 16),
+def test_bfloat16_weights_take_and_give_float32(family, pipelines):
+    model = from_diffusers(build(family), size=pipelines[family][1].latent_size if family == "pixels" else (16, 16),
                            dtype=torch.bfloat16)  # fmt: skip
     shape = (2, model.channels, *model.latent_size)
     assert model.dtype == torch.bfloat16
@@ -262,8 +198,8 @@ def test_bfloat16_weights_take_and_give_float32(family, tokenizer, pipelines):
     assert (x0 - exact).norm() < 0.1 * exact.norm()
 
 
-def test_latents_mean_and_std_and_float16_of_sdxl(tokenizer):
-    pipe = build("sdxl", tokenizer)
+def test_latents_mean_and_std_and_float16_of_sdxl():
+    pipe = build("sdxl")
     pipe.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
     model = from_diffusers(pipe)
     images = torch.rand(1, 3, 16, 16)
@@ -276,9 +212,9 @@ def test_latents_mean_and_std_and_float16_of_sdxl(tokenizer):
     assert model.vae_dtype() == torch.float32 == pipe.vae.dtype
 
 
-def test_sizes_come_from_the_configs_and_the_dynamic_shift_from_the_size(tokenizer, pipelines):
+def test_sizes_come_from_the_configs_and_the_dynamic_shift_from_the_size(pipelines):
     for family, side in {"pixels": 8, "sd": 8, "sdxl": 8, "sd3": 8}.items():
-        assert from_diffusers(build(family, tokenizer)).image_size == side
+        assert from_diffusers(build(family)).image_size == side
     assert pipelines["flux"][0].default_sample_size == from_diffusers(pipelines["flux"][0]).image_size
     pipe = pipelines["flux"][0]
     small, large = (from_diffusers(pipe, size=(n, n)) for n in (16, 128))
@@ -291,21 +227,21 @@ def test_sizes_come_from_the_configs_and_the_dynamic_shift_from_the_size(tokeniz
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
                                   "UniPCMultistepScheduler"])  # fmt: skip
-def test_other_solvers_of_the_same_diffusion_are_sampled_by_ddim(name, tokenizer, pipelines):
+def test_other_solvers_of_the_same_diffusion_are_sampled_by_ddim(name, pipelines):
     """At their own time spacing, as the pipeline does after `DDIMScheduler.from_config(pipe.scheduler.config)`."""
     options = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1)
     scheduler = getattr(diffusers, name)(**options)
-    model = from_diffusers(build("sd", tokenizer, scheduler))
+    model = from_diffusers(build("sd", scheduler))
     assert [level.t for level in model.schedule.levels(4)] == [751, 501, 251, 1, None]
     expected = pipelines["sd"][1].schedule
     assert torch.allclose(model.schedule.alphas_cumprod, expected.alphas_cumprod)
     spaced = getattr(diffusers, name)(**{**options, "timestep_spacing": "trailing"})
-    assert [level.t for level in from_diffusers(build("sd", tokenizer, spaced)).schedule.levels(4)] == [999, 749, 499, 249, None]
+    assert [level.t for level in from_diffusers(build("sd", spaced)).schedule.levels(4)] == [999, 749, 499, 249, None]
 
 
-def test_zero_terminal_signal_to_noise_ratio(tokenizer):
+def test_zero_terminal_signal_to_noise_ratio():
     """Rescaled betas: abar is 0 at the noisy end, where v-prediction gives x0 = -v."""
-    pipe = build("sd", tokenizer, ddim(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+    pipe = build("sd", ddim(prediction_type="v_prediction", rescale_betas_zero_snr=True))
     model = from_diffusers(pipe)
     assert model.schedule.levels(5)[0].alpha < 1e-3
     shape = (2, 4, 8, 8)
@@ -326,33 +262,38 @@ def test_a_flow_that_is_loaded_as_a_plain_pipeline(pipelines):
     assert same.schedule.levels(4) == instaflow.schedule.levels(4) == [*map(same.schedule.level, (1000, 750, 500, 250)), CLEAN]
 
 
-def test_from_a_path_in_any_dtype(tokenizer, tmp_path):
-    pipe = build("sd", tokenizer)
+def test_betas_are_float64_where_they_are_a_formula_s():
+    for schedule, ours in {"linear": "sqrt_linear", "scaled_linear": "linear"}.items():
+        scheduler = ddim(beta_schedule=schedule)
+        model = from_diffusers(build("sd", scheduler))
+        exact = DiffusionSchedule(make_beta_schedule(ours, 1000, 0.00085, 0.012)).alphas_cumprod
+        assert torch.equal(model.schedule.alphas_cumprod, exact)
+        assert torch.allclose(exact.float(), scheduler.alphas_cumprod, rtol=1e-4)
+    for options in (dict(trained_betas=[0.001, 0.002, 0.004]), dict(rescale_betas_zero_snr=True)):
+        scheduler = ddim(**options)
+        abar = from_diffusers(build("sd", scheduler)).schedule.alphas_cumprod
+        assert torch.allclose(abar.float(), scheduler.alphas_cumprod, atol=1e-6)
+
+
+def test_from_a_path_in_any_dtype(tmp_path):
+    pipe = build("sd")
     pipe.save_pretrained(tmp_path)
     model = from_diffusers(tmp_path, device="cpu")
     assert model.dtype == torch.float32 and model.parameterization == "eps"
+    assert not any(p.requires_grad for p in model.pipeline.vae.parameters())
     assert torch.equal(model.encode_prompts(PROMPTS), from_diffusers(pipe).encode_prompts(PROMPTS))
     assert from_diffusers(str(tmp_path), device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_attention_slicing_changes_nothing(tokenizer, pipelines):
-    pipe = build("sd", tokenizer)
-    pipe.enable_attention_slicing("max")
-    model = from_diffusers(pipe)
-    shape = (2, 4, 8, 8)
-    sliced = sample(denoiser(model), None, shape, [3, 4], steps=2).x_t
-    torch.testing.assert_close(sliced, sample(denoiser(pipelines["sd"][1]), None, shape, [3, 4], steps=2).x_t, atol=1e-4, rtol=1e-4)
-
-
-def refused(tokenizer, change):
-    pipe = build("sd", tokenizer)
+def refused(change):
+    pipe = build("sd")
     change(pipe)
     with pytest.raises(ValueError) as error:
         from_diffusers(pipe)
     return str(error.value)
 
 
-def test_what_is_unknown_is_refused_by_name(tokenizer, pipelines):
+def test_what_is_unknown_is_refused_by_name(pipelines):
     schedulers = {
         "EDMEulerScheduler is not supported": diffusers.EDMEulerScheduler(),
         "FlowMatchHeunDiscreteScheduler is not supported": diffusers.FlowMatchHeunDiscreteScheduler(),
@@ -360,11 +301,11 @@ def test_what_is_unknown_is_refused_by_name(tokenizer, pipelines):
         "stochastic_sampling = True": FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
     }  # fmt: skip
     for message, scheduler in schedulers.items():
-        assert message in refused(tokenizer, lambda pipe, s=scheduler: pipe.register_modules(scheduler=s))
-    assert "addition_embed_type = 'text'" in refused(tokenizer, lambda p: p.unet.register_to_config(addition_embed_type="text"))
-    assert "time_cond_proj_dim = 256" in refused(tokenizer, lambda p: p.unet.register_to_config(time_cond_proj_dim=256))
-    assert "takes 9 channels" in refused(tokenizer, lambda p: p.unet.register_to_config(in_channels=9))
-    assert "vae is AutoencoderTiny" in refused(tokenizer, lambda p: p.register_modules(vae=diffusers.AutoencoderTiny()))
+        assert message in refused(lambda pipe, s=scheduler: pipe.register_modules(scheduler=s))
+    assert "addition_embed_type = 'text'" in refused(lambda p: p.unet.register_to_config(addition_embed_type="text"))
+    assert "time_cond_proj_dim = 256" in refused(lambda p: p.unet.register_to_config(time_cond_proj_dim=256))
+    assert "takes 9 channels" in refused(lambda p: p.unet.register_to_config(in_channels=9))
+    assert "vae is AutoencoderTiny" in refused(lambda p: p.register_modules(vae=diffusers.AutoencoderTiny()))
     inpaint = diffusers.StableDiffusionInpaintPipeline(**pipelines["sd"][0].components, requires_safety_checker=False)
     with pytest.raises(ValueError, match="StableDiffusionInpaintPipeline is not supported; known are DDPMPipeline"):
         from_diffusers(inpaint)
