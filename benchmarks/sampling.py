@@ -152,7 +152,7 @@ class Problem:
         on = self.group.guided
         D = LatentDenoiser(self.model, "a photograph of a lake" if on else "", guidance=3.0 if on else 1.0)
         if self.group.compiled:
-            D.compile("reduce-overhead" if self.device.type == "cuda" else "default")
+            D.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default")
         return D, None if method == "plain" else latent_inpainting(self.model, self.image, self.mask)
 
     def states(self, method, D, constraint):

@@ -66,13 +66,13 @@ class Denoiser:
         self._windows = None if size is None else (int(size), int(overlap * size), int(batch))
         return self
 
-    def compile(self, mode="default"):
-        """Compile the network (torch.compile); mode="reduce-overhead" replays it as a CUDA graph on a GPU. Returns self.
+    def compile(self, **options):
+        """Compile the network by torch.compile(**options); mode="reduce-overhead": as a CUDA graph, on a GPU. Returns self.
 
         The first evaluation takes minutes at the size of Stable Diffusion, others of the same shape and dtype no compilation,
         whatever t and the prompts; denoisers of one model share it. Forward-mode differentiation (`jvp`) runs uncompiled.
         """
-        compiled = torch.compile(self.network, mode=mode, dynamic=False)
+        compiled = torch.compile(self.network, dynamic=False, **options)
         # A CUDA graph writes every result to the same place: the sampler's x0 must not change under its hands.
         self.network = lambda *inputs: compiled(*inputs).clone()
         return self
