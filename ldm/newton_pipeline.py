@@ -97,7 +97,7 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         newton_steps=5,                 # paper: inner steps at each diffusion step, 2 evaluations each; 0 samples freely
         lr=(0.5, 0.1),                  # paper: their length in |.|_inf, first and last diffusion step, or one number
         h=None,                         # finite-difference length; None: by the network's dtype
-        eta=None,                       # 0: DDIM, 1: ancestral noise; None: as the method is meant, 0 for "paper", 1 for "fast"
+        eta=None,                       # 0: DDIM, 1: ancestral noise; None: the method's own default
         seam="poisson",                 # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
         constraint=None,                # instead of image and mask: a function model -> constraint (ldm/constraints.py)
         generator=None,                 # one torch.Generator, or a list of one per picture
