@@ -48,7 +48,7 @@ def file_of(kept, key):
     return kept / "{model}-{images}-{task}-{method}-{budget}.pt".format(**key).replace(" ", "_")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mnist"], choices=list(MODELS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="data", help="folder of the pictures")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         args.images, args.tasks, args.budgets, args.out = 4, ["half", "sr4"], [20, 44], Path("outputs/compare-quick")
     for n in args.budgets:

@@ -1,11 +1,7 @@
 """The other methods: their costs by formula, their contracts, and on a Gaussian, whose posterior is known, their bias."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from common import ROOT
 from test_newton_sampler import draw, half_mask, known, tiny_unet
 from test_solver import posterior
 
@@ -165,16 +161,3 @@ def test_ddnm_needs_a_pseudo_inverse(gaussian):
     A = Mask(half_mask()) @ box_average((8, 8), 1)
     with pytest.raises(ValueError, match="pseudo-inverse"):
         ddnm(gaussian, LinearConstraint(A, A(draw(gaussian, 8))), SHAPE, range(8))
-
-
-@pytest.mark.slow
-def test_the_comparison_s_quick_mode_writes_its_table_and_goes_on(tmp_path):
-    if not (ROOT / "data/MNIST/raw").is_dir():
-        pytest.skip("needs the MNIST data")
-    script, options = str(ROOT / "benchmarks/compare.py"), ["--quick", "--methods", "fast", "DDNM", "--data", str(ROOT / "data")]
-    for _ in range(2):  # the second time there is nothing left to do
-        subprocess.run([sys.executable, script, *options], cwd=tmp_path, check=True, timeout=600)
-        lines = (tmp_path / "outputs/compare-quick/compare.csv").read_text().splitlines()
-        assert len(lines) == 1 + 2 * 2 * 2
-    assert "x4 super-resolution" in (tmp_path / "outputs/compare-quick/compare-mnist.md").read_text()
-    assert (tmp_path / "outputs/compare-quick/compare-mnist.png").is_file()

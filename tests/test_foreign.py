@@ -1,12 +1,12 @@
 """azula's and deepinv's methods through our adapters: on a Gaussian, whose posterior is known, and their costs."""
 
+import foreign
 import pytest
 import torch
 from conftest import GaussianDenoiser
 from test_newton_sampler import half_mask
 from test_solver import posterior
 
-import foreign
 from ldm.baselines import dps
 from ldm.comparison import Counted
 from ldm.constraints import DecodedConstraint, LinearConstraint

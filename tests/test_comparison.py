@@ -1,0 +1,270 @@
+"""The core of the comparison: budgets, tasks, measures, and the table with its paired differences."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import compare
+import compare_report
+import foreign
+import pytest
+import torch
+from common import ROOT
+from conftest import GaussianDenoiser
+from test_newton_sampler import draw
+
+from ldm.checkpoints import load_model
+from ldm.comparison import (
+    COLUMNS,
+    METHODS,
+    TASKS,
+    Counted,
+    Task,
+    append,
+    in_table,
+    intervals,
+    operator,
+    plain,
+    rows,
+    run,
+    step_memory,
+)
+from ldm.constraints import DecodedConstraint
+from ldm.data.mnist import sample_digits
+from ldm.denoisers import Denoiser
+from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distance, kernel_parts, kid, lpips_weights
+from ldm.operators import Mask
+
+CPU = torch.device("cpu")
+ALL = METHODS | {name: m for name, m in foreign.METHODS.items() if name.split()[0] not in foreign.MISSING}
+
+
+class Half:
+    """The simplest D: x0 = x_t / 2."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def __call__(self, x_t, t):
+        return x_t / 2
+
+
+def digits(name, n=2, first=0):
+    D = SimpleNamespace(schedule=None)
+    return Task(name, sample_digits()[0][first : first + n], D, (1, 32, 32), first=first)
+
+
+@pytest.fixture
+def half_task(schedule, monkeypatch):
+    return lambda name: Task(name, sample_digits()[0][:2], Half(schedule), (1, 32, 32))
+
+
+@pytest.mark.parametrize("budget", [20, 44, 100, 1000])
+def test_every_method_keeps_to_its_budget_and_uses_most_of_it(half_task, budget):
+    task = half_task("half")
+    for name, method in (ALL if budget < 100 else METHODS).items():
+        chosen = method(budget, task)
+        if chosen is None:
+            assert name == "PSLD"
+            continue
+        costs = run(task, *chosen, 2, CPU)[1]
+        nfe = costs["nfe_forward"] + costs["nfe_backward"]
+        least = 300 if name == "fast" and budget == 1000 else 11 if name == "RePaint" and budget == 20 else 0.77 * budget
+        assert least <= nfe <= budget, (name, nfe)
+
+
+def test_the_paper_s_loop_at_220_is_the_paper_s(half_task):
+    assert METHODS["paper"](220, half_task("half"))[1] == dict(steps=20, newton_steps=5)
+
+
+def test_methods_apply_where_they_can(half_task):
+    applies = lambda task: {name for name, method in ALL.items() if method(44, task)}  # noqa: E731
+    assert set(ALL) - applies(half_task("half")) == {"PSLD"}
+    assert set(ALL) - applies(half_task("blur")) == {"PSLD", "RePaint"} | ({"azula RePaint"} & set(ALL))
+    task = half_task("sr4")
+    task.linear, task.first_stage, task.encode = False, object(), lambda x: x
+    left = {"paper", "paper, eta 1", "paper, lr 0.1", "paper, lr 0.1, eta 1", "fast", "gradient steps", "DPS", "PSLD"}
+    assert applies(task) == left | ({"azula DPS", "azula MMPS"} & set(ALL))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_image_is_measured_alike_wherever_it_stands(name):
+    both, second = digits(name), digits(name, 1, first=1)
+    assert torch.equal(both.y[1:], second.y)
+    assert (both.sigma_y > 0) == (name == "blur")
+    assert both.constraint(slice(1, 2)).y.shape == second.y.shape
+
+
+def test_latent_tasks_are_put_on_latents_for_masks_only():
+    stage = SimpleNamespace(encode=lambda x: x[:, :, ::4, ::4], decode=lambda z: z.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    D, images = SimpleNamespace(schedule=None), torch.rand(2, 3, 64, 64) * 2 - 1
+    for name in TASKS:
+        task = Task(name, images, D, (3, 16, 16), stage)
+        assert task.linear == (name in ("half", "hole", "strokes"))
+        assert isinstance(task.constraint(), DecodedConstraint) != task.linear
+        assert bool(task.noise) == task.linear
+
+
+def test_operators():
+    assert operator("sr8", 64)[0](torch.zeros(1, 3, 64, 64)).shape == (1, 3, 8, 8)
+    assert isinstance(operator("hole", 32)[0], Mask) and operator("hole", 32)[0].mask.sum() == 32**2 - 14**2
+    for wrong in ("deblur", "sr", "srx"):
+        with pytest.raises(ValueError, match=f"task = '{wrong}': known are half, hole"):
+            operator(wrong, 32)
+
+
+def test_a_seed_is_an_image_s_own(gaussian):
+    """In whatever batch, and counted from wherever."""
+    D = GaussianDenoiser(gaussian.mean, gaussian.cov, gaussian.schedule)
+    images = draw(gaussian, 5).clamp(-1, 1)
+    task = lambda part, first=0: Task("half", images[part], D, (1, 8, 8), first=first)  # noqa: E731
+    sampler, settings = METHODS["fast"](44, task(slice(None)))
+    x, _ = run(task(slice(None)), sampler, settings, 2, CPU)
+    assert torch.allclose(run(task(slice(None)), sampler, settings, 5, CPU)[0], x, atol=5e-3)
+    assert torch.allclose(run(task(slice(3, 5), 3), sampler, settings, 2, CPU, first=3)[0], x[3:], atol=5e-3)
+
+
+def test_evaluations_are_counted_per_image(half_task):
+    task = half_task("half")
+    D = Counted(task.D)
+    x = torch.randn(3, 1, 32, 32, requires_grad=True)
+    torch.autograd.grad(D(x, 5).sum(), x)
+    D(x.detach(), 5)
+    assert (D.forward, D.backward) == (6, 3)
+
+
+def test_memory_of_a_step():
+    """Of the paper's loop as of plain sampling to a tenth; of a gradient several times that."""
+    model = load_model("mnist", device="cpu")
+    task = Task("half", sample_digits()[0][:4], Denoiser(model.network, model.schedule, model.parameterization), (1, 32, 32))
+    of = lambda name: step_memory(task, *METHODS[name](44, task), CPU)  # noqa: E731
+    without = step_memory(task, plain, dict(newton_steps=0), CPU)
+    assert 0.1 < without < 3 and without <= of("paper") < 1.1 * without and of("DPS") > 3 * without
+
+
+# ---- measures
+
+
+def test_kid_of_all_pictures_is_torchmetrics_s():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40, 16, generator=generator), torch.randn(40, 16, generator=generator) + 0.3
+    parts = kernel_parts(a, b)
+    assert kid(parts) == pytest.approx(kernel_distance(a, b, subsets=1, subset_size=40)[0], rel=1e-4)
+    assert kid(kernel_parts(a[:30], b)) == pytest.approx(kid(parts, torch.arange(30)))
+    twice = torch.tensor([0, 0, 1, 2])  # picture 0 is not paired with itself
+    k = parts.within
+    pairs = [k[i, j] for p, i in enumerate(twice) for q, j in enumerate(twice) if i != j]
+    assert kid(parts, twice) == pytest.approx((sum(pairs) / len(pairs) - 2 * parts.across[twice].mean()).item() + parts.reference)
+
+
+def test_the_interval_covers_the_mean_about_95_times_in_100():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(100):
+        v = torch.randn(60, generator=generator)
+        row = intervals({m: v for m in ("residual", "psnr", "ssim", "lpips", "accuracy")} | {"features": v[:, None]}, v[:, None])
+        covered += row["psnr_low"] <= 0 <= row["psnr_high"]
+    assert 88 <= covered <= 99
+    assert interval(torch.tensor([float("nan"), *torch.linspace(0, 1, 101).tolist()])) == pytest.approx((0.025, 0.975))
+
+
+def test_features_of_the_judges():
+    classifier = load_model("mnist-classifier", device="cpu")
+    images, labels = sample_digits()
+    features, p = judge_digits(classifier, images, batch=30)
+    with torch.no_grad():
+        assert torch.allclose(p, classifier(images).softmax(1), atol=1e-5) and features.shape == (100, 128)
+    assert (p.argmax(1) == labels).float().mean() > 0.97
+    if lpips_weights():
+        assert alexnet_features(torch.rand(3, 3, 64, 80) * 2 - 1, batch=2).shape == (3, 256)
+
+
+# ---- the table
+
+
+def row(task="half", method="fast", budget=44, images=4, seconds=1.0, **values):
+    numbers = dict.fromkeys(COLUMNS[5:], 0.5) | dict(seconds=seconds, nfe_forward=float(budget), nfe_backward=0.0) | values
+    return dict(model="m", task=task, method=method, budget=budget, images=images) | numbers
+
+
+def test_rows_are_appended_found_and_removed_by_their_line(tmp_path):
+    path = tmp_path / "compare.csv"
+    assert rows(path) == [] and not in_table(path, dict(task="half"))
+    append(path, row())
+    append(path, row(method="paper, eta 1", memory=None))
+    assert [r["method"] for r in rows(path)] == ["fast", "paper, eta 1"] and rows(path)[1]["memory"] == ""
+    key = {k: row()[k] for k in ("model", "task", "method", "budget", "images")}
+    assert in_table(path, key) and not in_table(path, key | dict(images=8)) and list(tmp_path.iterdir()) == [path]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[2])
+    assert not in_table(path, key) and len(rows(path)) == 1
+
+
+def test_rows_of_an_older_table_stay(tmp_path):
+    path = tmp_path / "compare.csv"
+    path.write_text("model,task,method,budget,images,psnr\nm,half,DPS,44,4,20\n")
+    append(path, row())
+    assert [(r["method"], r["psnr"], r["memory"]) for r in rows(path)] == [("DPS", "20", ""), ("fast", "0.5", "0.5")]
+
+
+def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
+    """`fast` at 44 against the paper at 220, on the images of both, and against the cheapest dearer row of DPS."""
+    generator = torch.Generator().manual_seed(0)
+    cost = {("fast", 44): 1.0, ("paper", 220): 5.0, ("DPS", 20): 0.5, ("DPS", 44): 1.2, ("DPS", 100): 3.0}
+    table = [row(method="fast", images=2, psnr=9.0), *(row(method=m, budget=b, seconds=s, images=4 if m == "fast" else 6)
+                                                      for (m, b), s in cost.items())]  # fmt: skip
+    for r in table:
+        append(tmp_path / "compare.csv", r)
+        n = r["images"]
+        better = torch.full((n,), 1.0 if r["method"] == "fast" else 0.0)
+        values = {m: better + torch.arange(n) for m in ("residual", "psnr", "ssim", "lpips", "accuracy")}
+        torch.save(dict(x=torch.zeros(n), features=torch.randn(n, 4, generator=generator), **values), tmp_path / f"{name_of(r)}.pt")
+    model = SimpleNamespace(features="some features", reference=torch.randn(9, 4, generator=generator))
+    compare_report.report(rows(tmp_path / "compare.csv"), "m", model, tmp_path, lambda r: tmp_path / f"{name_of(r)}.pt")
+    text = (tmp_path / "compare-m.md").read_text()
+    assert "# m, 4 to 6 images" in text and "| fast | 4 |" in text and "| fast | 2 |" not in text
+    against_paper, against_gradients = text.split("## fast minus")[1:]
+    assert "paper: 220, 5.000 s | 4 | +1 [+1, +1] worse | +1 [+1, +1] better" in against_paper  # RMSE, PSNR
+    assert "DPS: 44, 1.200 s | 4" in against_gradients and "DPS: 100" not in against_gradients
+    assert (tmp_path / "compare-m.png").is_file() and (tmp_path / "compare-m-evaluations.png").is_file()
+
+
+def name_of(r):
+    return "-".join(str(r[k]) for k in ("method", "budget", "images"))
+
+
+def test_every_method_has_its_place_in_the_figure():
+    placed = [m for _, methods in compare_report.FAMILIES.values() for m in methods]
+    assert sorted(placed) == sorted([*METHODS, *foreign.METHODS])
+    assert set(compare_report.BACK_PROPAGATING) <= set(placed)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--budgets", "10"], "--budgets 10: give 20 to 1000"), (["--images", "1"], "--images 1: give a number from 2 to 1000"),
+    (["--models", "tiny", "--images", "200"], "from 2 to 128 for tiny"), (["--tasks", "deblur"], "invalid choice: 'deblur'"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_sentence(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        compare.main(options)
+    assert words in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(foreign, "MISSING", ["azula"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        compare.main(["--methods", "azula MMPS"])
+    assert "--methods azula MMPS: azula not installed (pip install azula)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_quick_mode_writes_its_table_and_goes_on(tmp_path):
+    if not (ROOT / "data/MNIST/raw").is_dir():
+        pytest.skip("needs the MNIST data")
+    script, options = str(ROOT / "benchmarks/compare.py"), ["--quick", "--methods", "fast", "DDNM", "--data", str(ROOT / "data")]
+    for _ in range(2):  # the second time there is nothing left to do
+        subprocess.run([sys.executable, script, *options], cwd=tmp_path, check=True, timeout=600)
+        assert len(rows(tmp_path / "outputs/compare-quick/compare.csv")) == 2 * 2 * 2
+    assert "x4 super-resolution" in (tmp_path / "outputs/compare-quick/compare-mnist.md").read_text()
+    assert (tmp_path / "outputs/compare-quick/compare-mnist.png").is_file()
