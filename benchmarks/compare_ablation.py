@@ -13,25 +13,23 @@ import compare_tasks as tasks
 from compare import append, in_table, rows, run
 from tqdm import tqdm
 
-from ldm.solver import fast_sampler
+from ldm.solver import fast_sampler, steps_for
 from ldm.util import resolve_device
 
 VARIANTS = {
     "default": {},
-    "no over-relaxation": dict(relax=1.0),
-    "over-relaxation 2": dict(relax=2.0),
-    "nothing recycled": dict(recycle=0),
-    "two corrections recycled": dict(recycle=2),
-    "neither": dict(recycle=0, relax=1.0),
+    "strength 1": dict(strength=1.0),
+    "strength 1.6": dict(strength=1.6),
+    "strength 3": dict(strength=3.0),
+    "eps fitted to the moved x0, strength 1": dict(refit=True, strength=1.0),
     "uniform levels": dict(grid="uniform"),
     "J at every step but the last": dict(late=0.0),
-    "J left out below sigma/alpha = 0.5": dict(late=0.5),
+    "J left out below sigma/alpha = 0.6": dict(late=0.6),
     "no J at all (late = infinity)": dict(late=1e9),
-    "two vectors, fewer steps": dict(vectors=2),
-    "three vectors, fewer steps": dict(vectors=3),
+    "two vectors, fewer steps, strength 1.6": dict(vectors=2, strength=1.6),
+    "three vectors, fewer steps, strength 1": dict(vectors=3, strength=1.0),
     "DDIM, eta = 0": dict(eta=0.0),
-    "eta = 0.5": dict(eta=0.5),
-    "eps fitted to the moved x0": dict(refit=True, relax=1.0),
+    "ancestral noise, eta = 1": dict(eta=1.0),
     "h = 0.1": dict(h=0.1),
 }
 SHOWN = ["residual", "lpips", "psnr", "accuracy", "kid"]
@@ -66,7 +64,7 @@ def main():
         bar.set_description(f"{task_name}, {name}")
         task, changed = model.task(task_name), VARIANTS[name]
         counted = {k: changed[k] for k in ("late", "vectors", "grid") if k in changed}
-        steps = tasks.fast_steps(args.budget, task.schedule, **counted)
+        steps = steps_for(args.budget, task.schedule, **counted)
         x, costs = run(task, fast_sampler, dict(steps=steps, **task.noise, **changed), args.batch, device, bar)
         append(path, key | costs | tasks.intervals(model.measure(x, task), model.reference))
     found = sorted((row for row in rows(path)), key=lambda row: (args.tasks + tasks.TASKS).index(row["task"]))

@@ -17,7 +17,7 @@ from ldm.inpainting import make_mask
 from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
 from ldm.newton_sampler import newton_sampler
 from ldm.operators import Mask, downsample, gaussian_blur, measure
-from ldm.solver import fast_sampler, log_levels
+from ldm.solver import fast_sampler, steps_for
 
 NOISE = 0.05
 TASKS = {"half": "right half missing", "hole": "centre hole", "strokes": "brush strokes", "sparse": "90 % of pixels missing",
@@ -113,16 +113,6 @@ def gradients(n):
     return gradient_steps, dict(steps=settings["steps"], gradient_steps=settings["newton_steps"])
 
 
-def fast_steps(budget, schedule, late=0.3, vectors=1, grid="log"):
-    """The most diffusion steps that `fast_sampler` takes `budget` evaluations for: 1 + vectors each, but 1 where J is left out."""
-
-    def cost(steps):
-        *levels, last = log_levels(schedule, steps)[:-1] if grid == "log" else schedule.levels(steps)[:-1]
-        return len(levels) + 1 + vectors * sum(level.sigma >= late * level.alpha for level in levels)
-
-    return next((steps - 1 for steps in range(5, 201) if cost(steps) > budget), 200)
-
-
 # name -> (budget n, task) -> (sampler, settings), or None where the method does not apply. n is a number of network evaluations, a
 # backward pass counted as one more, which the settings approach from below; what is not set is the method's default, the paper's.
 #   paper             see `newton`: as published; eta 1 adds ancestral noise; lr 0.1 is the constant step of its super-resolution
@@ -130,19 +120,19 @@ def fast_steps(budget, schedule, late=0.3, vectors=1, grid="log"):
 #   gradient steps    see `gradients`
 #   DPS, PSLD         n / 2 steps of one forward and one backward evaluation
 #   MPGD, DDNM, DiffPIR   n steps
-#   RePaint           n / 10 steps, each repeated 10 times
+#   RePaint           n / 10 steps, each taken 10 times, but the last once
 METHODS = {
     "paper": lambda n, task: newton(n),
     "paper, eta 1": lambda n, task: newton(n, eta=1.0),
     "paper, lr 0.1": lambda n, task: newton(n, lr=0.1),
     "paper, lr 0.1, eta 1": lambda n, task: newton(n, lr=0.1, eta=1.0),
-    "fast": lambda n, task: (fast_sampler, dict(steps=fast_steps(n, task.schedule), **task.noise)),
+    "fast": lambda n, task: (fast_sampler, dict(steps=steps_for(n, task.schedule), **task.noise)),
     "gradient steps": lambda n, task: gradients(n),
     "DPS": lambda n, task: (dps, dict(steps=n // 2)),
     "PSLD": lambda n, task: (psld, dict(steps=n // 2, encode=task.encode)) if task.encode else None,
     "MPGD": lambda n, task: (mpgd, dict(steps=n)) if task.linear else None,
     "DDNM": lambda n, task: (ddnm, dict(steps=n, **task.noise)) if task.linear else None,
-    "RePaint": lambda n, task: (repaint, dict(steps=n // 10, resamples=10)) if task.linear and isinstance(task.A, Mask) else None,
+    "RePaint": lambda n, task: (repaint, dict(steps=(n + 9) // 10, resamples=10)) if task.linear and isinstance(task.A, Mask) else None,
     "DiffPIR": lambda n, task: (diffpir, dict(steps=n, **task.noise)) if task.linear else None,
 }
 

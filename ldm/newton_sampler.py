@@ -135,9 +135,9 @@ def _newton_sampler(D, constraint, noise, levels, newton_steps, lrs, h, eta, mod
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def sample(*args, **kwargs):
-    """`newton_sampler` run to its end: the last State."""
-    for state in newton_sampler(*args, **kwargs):  # noqa: B007
+def sample(*args, sampler=newton_sampler, **kwargs):
+    """A sampler (`newton_sampler`, or another with its arguments) run to its end: the last State."""
+    for state in sampler(*args, **kwargs):  # noqa: B007
         pass
     return state
 

@@ -1,4 +1,4 @@
-"""A faster solver for the same problem: about 44 evaluations of D instead of the paper's 220, forward passes only.
+"""A faster solver for the same problem: 43 evaluations of D instead of the paper's 220, forward passes only.
 
 For the ideal denoiser, V = gamma J with gamma = sigma_t^2 / alpha_t is the covariance of x_0 given x_t (Tweedie's second order;
 Rozet et al. 2024 use it with J^T). Given y = A x_0 + sigma_y n, the mean of x_0 then moves from D(x_t, t) by
@@ -23,28 +23,24 @@ def dot(a, b):
     return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
 
-def gcr(r, product, vectors, noise_variance=0.0, recycled=()):
+def gcr(r, product, vectors, noise_variance=0.0):
     """Generalised conjugate residuals (Eisenstat et al. 1983), each sample by itself: minimises |r - M lambda|_2 with
     M u = noise_variance u + m over the Krylov space of `vectors` vectors; M need not be symmetric. One vector: a line search.
 
-    product: u -> (w, m), in (*) w = V A^T u and m = A w. recycled: triples (u, w, m) that are tried first and cost no product.
-    Returns the sums of all u and w, by their coefficients: lambda and d; and what is left of r.
+    product: u -> (w, m), in (*) w = V A^T u and m = A w. Returns the sum of all w by their coefficients, in (*) d, and what is
+    left of r.
     """
-    directions, total_u, total_w = [], torch.zeros_like(r), 0.0
-    for k in range(len(recycled) + vectors):
-        if k < len(recycled):
-            u, w, m = recycled[k]
-        else:
-            u = r
-            w, m = product(u)
-        m = noise_variance * u + m
-        for old_u, old_w, old_m in directions:
+    directions, total = [], 0.0
+    for _ in range(vectors):
+        w, m = product(r)
+        m = noise_variance * r + m
+        for old_w, old_m in directions:
             b = _ratio(dot(m, old_m), dot(old_m, old_m))
-            u, w, m = u - b * old_u, w - b * old_w, m - b * old_m
+            w, m = w - b * old_w, m - b * old_m
         c = _ratio(dot(r, m), dot(m, m))
-        directions.append((u, w, m))
-        total_u, total_w, r = total_u + c * u, total_w + c * w, r - c * m
-    return total_u, total_w, r
+        directions.append((w, m))
+        total, r = total + c * w, r - c * m
+    return total, r
 
 
 def _ratio(a, b):
@@ -59,24 +55,23 @@ def solve_without_J(A, r, variance, noise_variance, vectors=INNER):
         w = variance * A.adjoint(u)
         return w, A(w)
 
-    return gcr(r, product, vectors, noise_variance)[1]
+    return gcr(r, product, vectors, noise_variance)[0]
 
 
 def fast_sampler(
     D,
     constraint,
     shape,                  # [B, C, H, W] of x_t
-    seeds,                  # one integer per sample
+    seeds,                  # one integer per sample, or the noise itself (`seeded_noise`)
     steps=24,               # diffusion steps
     vectors=1,              # products with J at each of them, where J is used
-    recycle=1,              # corrections of earlier steps that are tried again, at no evaluation
-    relax=1.5,              # over-relaxation: x_t and x0 move by relax * d while J is used
+    strength=None,          # of the correction's push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
     late=0.3,               # J is left out where sigma_t / alpha_t is below this, and in the last step
     sigma_y=0.0,            # standard deviation of the measurement's noise
-    eta=1.0,                # 0: DDIM, 1: ancestral noise
-    refit=False,            # leave x_t where it is, and fit eps to the moved x0
+    eta=0.5,                # 0: DDIM, 1: ancestral noise
+    refit=False,            # the step from x0 + strength * d instead: eps is fitted to the moved x0
     grid="log",             # levels: see `log_levels`, or "uniform" as the schedule has them
-    trust=1.0,              # largest |d|_inf of a step, before relax, where only (e, residual) is known
+    trust=1.0,              # largest |d|_inf of a step, where only (e, residual) is known
     h=0.005,                # finite-difference length, in units of x_t
     mode="difference",      # of the Jacobian product, see `jvp`
     device="cpu",
@@ -84,72 +79,97 @@ def fast_sampler(
 ):  # fmt: skip
     """One correction per diffusion step, as a generator of `State` with the contract of `newton_sampler`:
 
-        x0 = D(x_t, t);  d by (*) from `vectors` products with J;  x0 += relax d, x_t += relax alpha d;  step to the next t
+        x0 = D(x_t, t);  d by (*) from `vectors` products with J
+        x_s = DDIM step from (x_t, x0) + strength alpha_s d;  x0 <- x0 + d
 
-    1 + vectors evaluations of D at each step; where J is left out, V = (sigma_t / alpha_t)^2 I and the evaluation of x0 is the only
-    one. The last step leaves it out, so that a mask's or down-sampling's y is met to rounding if sigma_y = 0. With noise, no
-    correction goes below the noise level (discrepancy principle): a sample whose residual's RMS is sigma_y already stays as it is.
-    relax: D answers the move alpha d of x_t with alpha J d only, which at high noise is less than the d that was asked for.
-    The bias of moving x_t and of relax > 1 on a Gaussian is in tests/test_solver.py; refit=True, relax=1, grid="uniform" is exact
-    there, and was worse on digits with few steps (benchmarks/compare_ablation.py).
+    1 + vectors evaluations of D at each step; where J is left out, V = (sigma_t / alpha_t)^2 I, strength is 1, and the evaluation of
+    x0 is the only one. So it is in the last step, which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With
+    noise, no correction goes below the noise level (discrepancy principle): a sample whose residual's RMS is sigma_y already stays
+    as it is.
+
+    strength: D answers a move alpha d of x_t by alpha J d only, which at high noise is far less than the d that was asked for, so
+    that a stronger push pays. Above 3 to 4 it overshoots where J has large eigenvalues, and diverges on the shipped models. In the
+    limit of many steps the default is posterior sampling with a guidance of about 9. refit=True, strength=1, grid="uniform" is
+    exact for a Gaussian, and was worse on digits with few steps; the bias of the default on a Gaussian is in tests/test_solver.py
+    (benchmarks/compare_ablation.py: each idea on and off).
 
     constraint: where it has A and y (LinearConstraint), (*) is solved with A itself. Any other callable x0 -> (e, residual) is
     linearised along w = V e by one more call of it, A w ~ (e(x0) - e(x0 + s w)) / s, and e takes the place of r; sigma_y must be 0
     then. `constraint=None` samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and
     FloatingPointError at the end if an x0 was not finite: before, nothing waits for the values of a tensor.
     """
-    for name, value, least in (("vectors", vectors, 1), ("recycle", recycle, 0)):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} = {value}: give an integer >= {least}")
+    levels = _levels(D.schedule, steps, grid)
+    if int(vectors) != vectors or vectors < 1:
+        raise ValueError(f"vectors = {vectors}: give an integer >= 1")
     for name, value in {"late": late, "sigma_y": sigma_y}.items():
         if not value >= 0:
             raise ValueError(f"{name} = {value}: give a number >= 0")
-    for name, value in {"h": h, "trust": trust, "relax": relax}.items():
+    strength = min(2.3, 55 / steps) if strength is None else strength
+    for name, value in {"h": h, "trust": trust, "strength": strength}.items():
         if not value > 0:
             raise ValueError(f"{name} = {value}: give a positive number")
     check_eta_and_mode(eta, mode)
-    if grid not in ("log", "uniform"):
-        raise ValueError(f'grid = {grid!r}: known are "log" and "uniform"')
     if sigma_y > 0 and not hasattr(constraint, "A"):
         raise ValueError(f"sigma_y = {sigma_y}: this constraint has no A to weigh the noise with, give 0")
-    levels = log_levels(D.schedule, steps) if grid == "log" else D.schedule.levels(steps)
     noise, D = seeded_noise(shape, seeds, device, dtype), _Counted(D)
 
-    def correction(x_t, x0, now, with_J, recycled):
+    def correction(x_t, x0, now, with_J):
         alpha = max(now.alpha, 1e-3)  # a flow starts at 0
         gamma = now.sigma**2 / alpha
         V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, h, mode) if with_J else gamma / alpha * v  # noqa: E731
-        count = vectors if with_J else INNER
         if hasattr(constraint, "A"):
-            return linear_correction(constraint, x0, V, count, sigma_y, recycled)
-        return general_correction(constraint, x0, V, vectors if with_J else 1, trust, recycled)
+            return linear_correction(constraint, x0, V, vectors if with_J else INNER, sigma_y)
+        return general_correction(constraint, x0, V, vectors if with_J else 1, trust)
 
-    return _fast_sampler(D, constraint, noise, levels, relax, late, recycle, eta, refit, correction)
+    return _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, correction)
 
 
 @torch.inference_mode()
-def _fast_sampler(D, constraint, noise, levels, relax, late, recycle, eta, refit, correction):
-    x_t, kept, finite = noise(), [], True
+def _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, correction):
+    x_t, finite = noise(), True
     for i, (now, to) in enumerate(pairwise(levels)):
-        x0 = D(x_t, now.t)
-        residual = None
+        x0, d, residual = D(x_t, now.t), 0.0, None
+        with_J = _with_J(now, to, late)
         if constraint is not None:
-            with_J = to.sigma > 0 and now.sigma >= late * now.alpha
-            pair = correction(x_t, x0, now, with_J, kept if with_J else [])
-            kept = (kept + [pair])[len(kept) + 1 - recycle :]
-            d = relax * pair[1] if with_J else pair[1]
-            x0 = x0 + d
-            x_t = x_t if refit else x_t + now.alpha * d
-            residual = constraint(x0)[1]
+            d = correction(x_t, x0, now, with_J)
+            residual = constraint(x0 + d)[1]
+        push = strength * d if with_J else d
+        if refit:
+            x_t = D.schedule.step(x_t, x0 + push, now, to, eta, noise)
+        else:
+            x_t = D.schedule.step(x_t, x0, now, to, eta, noise) + to.alpha * push
+        x0 = x0 + d
         finite = finite & torch.isfinite(x0).all()
         if to.sigma == 0 and not finite:
-            raise FloatingPointError("x0 is not finite: raise h, or run the network in float32")
-        x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
+            raise FloatingPointError("x0 is not finite: lower strength, raise h, or run the network in float32")
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def linear_correction(constraint, x0, V, vectors, sigma_y, recycled=()):
-    """(lambda, d) of (*) at x0, for a constraint with A and y; V a function v -> V v, recycled such pairs of earlier steps."""
+def _with_J(now, to, late):
+    """Whether the step from `now` to `to` uses J."""
+    return to.sigma > 0 and now.sigma >= late * now.alpha
+
+
+def _levels(schedule, steps, grid):
+    if grid not in ("log", "uniform"):
+        raise ValueError(f'grid = {grid!r}: known are "log" and "uniform"')
+    return log_levels(schedule, steps) if grid == "log" else schedule.levels(steps)
+
+
+def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
+    """The most diffusion steps, at most 200, that `fast_sampler` takes with so many evaluations of D. ValueError if there is none."""
+
+    def cost(steps):
+        return steps + vectors * sum(_with_J(now, to, late) for now, to in pairwise(_levels(schedule, steps, grid)))
+
+    affordable = [steps for steps in range(3, 201) if cost(steps) <= evaluations]
+    if not affordable:
+        raise ValueError(f"evaluations = {evaluations}: three diffusion steps take {cost(3)} already")
+    return affordable[-1]
+
+
+def linear_correction(constraint, x0, V, vectors, sigma_y):
+    """d of (*) at x0, for a constraint with A and y; V a function v -> V v."""
     A, r = constraint.A, constraint.residual(x0)
     if sigma_y > 0:
         excess = 1 - sigma_y / constraint.rms(r).clamp_min(1e-30)
@@ -159,25 +179,20 @@ def linear_correction(constraint, x0, V, vectors, sigma_y, recycled=()):
         w = V(A.adjoint(u))
         return w, A(w)
 
-    u, d, _ = gcr(r, product, vectors, sigma_y**2, [(u, w, A(w)) for u, w in recycled])
-    return u, d
+    return gcr(r, product, vectors, sigma_y**2)[0]
 
 
-def general_correction(constraint, x0, V, vectors, trust, recycled=()):
+def general_correction(constraint, x0, V, vectors, trust):
     """The same with e for r, as far as |d|_inf <= trust."""
     e, _ = constraint(x0)
 
-    def push(w):
-        s = 0.1 * trust / max_norm(w).clamp_min(1e-30)
-        return (e - constraint(x0 + s * w)[0]) / s
-
     def product(u):
         w = V(u)
-        return w, push(w)
+        s = 0.1 * trust / max_norm(w).clamp_min(1e-30)
+        return w, (e - constraint(x0 + s * w)[0]) / s
 
-    u, d, _ = gcr(e, product, vectors, 0.0, [(u, w, push(w)) for u, w in recycled])
-    shorter = (trust / max_norm(d).clamp_min(1e-30)).clamp_max(1.0)
-    return shorter * u, shorter * d
+    d, _ = gcr(e, product, vectors)
+    return (trust / max_norm(d).clamp_min(1e-30)).clamp_max(1.0) * d
 
 
 def log_levels(schedule, steps, first=20.0, last=0.1):
