@@ -50,8 +50,9 @@ def table(args, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     path = args.out / f"large-{device.type}{'-quick' if args.quick else ''}.md"
     lines = [f"`python {' '.join(['benchmarks/large.py', *sys.argv[1:]])}` on {name} ({platform.machine()}), torch "
-             f"{torch.__version__}; {'small networks' if args.quick else 'Stable Diffusion v1'}, {args.dtype}, one picture, without guidance", "",
-             "| height x width | | windows of D | D, s | D, MiB | decoder, s | decoder, MiB |", "|---" * 7 + "|"]  # fmt: skip
+             f"{torch.__version__}; {'small networks' if args.quick else 'Stable Diffusion v1'}, {args.dtype}, one picture, "
+             "without guidance", "", "| height x width | | windows of D | D, s | D, MiB | decoder, s | decoder, MiB |",
+             "|---" * 7 + "|"]  # fmt: skip
     with torch.inference_mode():  # warm-up
         D(torch.zeros(1, 4, 64, 64, device=device), 500)
     memory = PeakMemory(device)

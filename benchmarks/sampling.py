@@ -253,7 +253,7 @@ def main():
             f"{pixels}x{pixels}, {flop[0] / 1e9:.4g} GFLOP per evaluation, {flop[1] / 1e9:.4g} with the backward pass")  # fmt: skip
     path = args.out / f"sampling-{device.type}{'-quick' if args.quick else ''}"
 
-    rows, left_out, model, loaded = [], [], None, None
+    rows, left_out, problem, model, loaded = [], [], None, None, None
     groups = [g for g in GROUPS if re.search(args.only, str(g))]
     if args.quick:  # compilation takes longer than all the rest
         groups.sort(key=lambda g: g.compiled)
@@ -262,7 +262,7 @@ def main():
             left_out.append(str(group))
             continue
         if loaded != group.dtype:
-            model = None  # its memory first
+            problem = model = None  # before the next one
             model, loaded = random_model(DTYPES[group.dtype], device, args.quick), group.dtype
         torch.compiler.reset()  # graphs of other shapes keep their memory
         memory, problem, own = PeakMemory(device), Problem(model, group, pixels, device, args.steps), []
