@@ -10,6 +10,7 @@ results/sampling-<device>.csv and .md. What the compiler made is kept by PyTorch
 
 --quick: a U-Net and an autoencoder of a tenth and a quarter of the width, 128x128, 5 steps, in less than 3 minutes on a CPU.
 --only: groups whose name ("bf16, compiled, batch 1, guidance off") matches this regular expression.
+--profile: instead of runs, what one evaluation's time is spent on, into results/profile-<device>.md.
 --steps: so many diffusion steps instead of 20 (24 for the fast solver, which gets 1.2 times as many).
 """
 
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import OmegaConf
+from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -226,12 +228,46 @@ with the weights of U-Net, autoencoder and text encoder. of bf16 rate: the U-Net
 of one large bfloat16 matrix product in the same run. The last columns are ratios to plain sampling and to the gradient method."""
 
 
+PARTS = {  # what could be computed once per step or once per run, by the names of the U-Net's modules
+    "time embedding": r"time_embed|.*emb_layers", "keys and values of the text": r".*attn2\.to_[kv]",
+}  # fmt: skip
+
+
+def profile(device, quick):
+    """Lines of a table: what one evaluation, batch 1, spends its time on."""
+    lines = ["| dtype | s | " + " | ".join([*PARTS, *OPERATIONS]) + " |", "|---" * (2 + len(PARTS) + len(OPERATIONS)) + "|"]
+    for name, dtype in DTYPES.items():
+        model = random_model(dtype, device, quick)
+        D, x = LatentDenoiser(model, ""), torch.zeros(1, 4, *[16 if quick else 64] * 2, device=device)
+        with torch.inference_mode():
+            D(x, 500)
+            start = now(device)
+            D(x, 500)
+            seconds = now(device) - start
+            for part, pattern in PARTS.items():
+                for path, module in model.network.named_modules():
+                    if re.fullmatch(pattern, path):
+                        module.forward = record_function(part)(module.forward)
+            with torch.profiler.profile() as profiler:
+                D(x, 500)
+        events = {e.key: (e.device_time_total or e.cpu_time_total) for e in profiler.key_averages()}
+        kernels = {e.key: (e.self_device_time_total or e.self_cpu_time_total) for e in profiler.key_averages()}
+        shares = [events[key] for key in [*PARTS, *OPERATIONS.values()]]
+        lines.append(f"| {name} | {seconds:.3g} | " + " | ".join(f"{v / sum(kernels.values()):.2%}" for v in shares) + " |")
+        del model, D
+    return lines
+
+
+OPERATIONS = {"convolutions": "aten::conv2d", "linear layers": "aten::linear", "attention": "aten::scaled_dot_product_attention"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="small networks, 128x128")
     parser.add_argument("--minutes", type=float, help="time for all runs; default 8, with --quick 2.5")
     parser.add_argument("--only", default="", help="groups whose name matches this")
+    parser.add_argument("--profile", action="store_true", help="of one evaluation")
     parser.add_argument("--steps", type=int, help="diffusion steps; default 20, with --quick 5")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
@@ -239,18 +275,23 @@ def main():
     if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
         parser.error(f"--device {args.device}: without CUDA, peak memory is measured on Linux only")
     began = now(device)
+    name = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    where = f"`python {' '.join(['benchmarks/sampling.py', *sys.argv[1:]])}` on {name}, torch {torch.__version__}"
+    if args.profile:
+        path = args.out / f"profile-{device.type}{'-quick' if args.quick else ''}.md"
+        path.write_text("\n".join([f"{where}; shares of one evaluation's time", "", *profile(device, args.quick)]) + "\n")
+        return print(path.read_text())
     deadline = began + 60 * (args.minutes or (2.5 if args.quick else 8))
     pixels = 128 if args.quick else 512
     args.steps = args.steps or (5 if args.quick else None)
     flop, rate = network_flop(args.quick, pixels // 8), matrix_rate(device)
     torch._dynamo.config.recompile_limit = 32  # shapes and grad modes of all groups are specialised
 
-    name = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    head = (f"`python {' '.join(['benchmarks/sampling.py', *sys.argv[1:]])}` on {name}, torch {torch.__version__}; one bfloat16 "
-            f"matrix product: {rate / 1e12:.3g} TFLOP/s; {'small networks' if args.quick else 'Stable Diffusion v1'}, "
-            f"{pixels}x{pixels}, {flop[0] / 1e9:.4g} GFLOP per evaluation, {flop[1] / 1e9:.4g} with the backward pass")  # fmt: skip
+    size = f"{'small networks' if args.quick else 'Stable Diffusion v1'}, {pixels}x{pixels}"
+    head = (f"{where}; one bfloat16 matrix product: {rate / 1e12:.3g} TFLOP/s; {size}, {flop[0] / 1e9:.4g} GFLOP per evaluation, "
+            f"{flop[1] / 1e9:.4g} with the backward pass")  # fmt: skip
     path = args.out / f"sampling-{device.type}{'-quick' if args.quick else ''}"
 
     rows, left_out, problem, model, loaded = [], [], None, None, None
@@ -274,6 +315,8 @@ def main():
                 own.append({**group._asdict(), "method": method} | row)
         add_ratios(own)
         rows += own
+        if rows:
+            write(path, head, rows, left_out)  # after each group, in case of an interruption
     if not rows:
         parser.error(f"--minutes {args.minutes}, --only {args.only!r}: no run fits")
     write(path, head, rows, left_out)
