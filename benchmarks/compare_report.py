@@ -1,4 +1,4 @@
-"""Tables and figures of compare.csv."""
+"""compare.csv as a table, with paired differences, and as figures."""
 
 import matplotlib
 import torch
@@ -6,11 +6,9 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from ldm.comparison import MEASURES, TASKS  # noqa: E402
-from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_weights  # noqa: E402
+from ldm.comparison import NAMES, TASKS, evaluations, head, markdown, measured  # noqa: E402
+from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
 
-NAMES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "accuracy": "label accuracy",
-         "kid": "KID"}  # fmt: skip
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
 FAMILIES = {  # family: (colour, its methods in the order of the line styles)
     "ours": ("#d62728", ["fast"]),
@@ -25,16 +23,12 @@ BACK_PROPAGATING = ["gradient steps", "DPS", "PSLD", *FAMILIES["azula, back-prop
 LINES, MARKERS = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))], "osD^"
 
 
-def evaluations(row):
-    return float(row["nfe_forward"]) + float(row["nfe_backward"])
-
-
 def report(rows, name, model, out, file_of):
     """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its samples, for paired differences."""
     rows = _most_images([row for row in rows if row["model"] == name])
     if not rows:
         return
-    text = "\n".join(table(rows, name, model) + differences(rows, model, file_of)) + "\n"
+    text = "\n".join(markdown(rows, name, model.features) + differences(rows, model, file_of)) + "\n"
     (out / f"compare-{name}.md").write_text(text)
     figure(rows, out / f"compare-{name}.png", "seconds", "seconds per image")
     figure(rows, out / f"compare-{name}-evaluations.png", "evaluations", "evaluations of the network, forward + backward")
@@ -47,36 +41,6 @@ def _most_images(rows):
     for row in sorted(rows, key=lambda row: int(row["images"])):
         best[row["task"], row["method"], row["budget"]] = row
     return sorted(best.values(), key=lambda row: list(TASKS).index(row["task"]))
-
-
-def measured(rows):
-    return [m for m in MEASURES if any(row[m] != "nan" for row in rows)]
-
-
-def table(rows, name, model):
-    measures, counts = measured(rows), sorted({int(row["images"]) for row in rows})
-    images = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
-    lines = [f"# {name}, {images} images", "",
-             "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward. "
-             "MiB: peak memory of one diffusion step, and its ratio to a step without constraint. Measurement RMSE: over the known "
-             f"pixels, or what else was measured. KID: in {model.features}."]  # fmt: skip
-    if "lpips" not in measures and lpips_weights() is None:
-        lines += ["LPIPS is left out: AlexNet's weights are missing (make data-lpips)."]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        lines += ["", f"## {TASKS[task]}", "", *_head("method | images | evaluations | s per image | MiB per image", measures)]
-        for row in sorted((r for r in rows if r["task"] == task), key=evaluations):
-            backward = f" + {float(row['nfe_backward']):.0f}" if float(row["nfe_backward"]) else ""
-            memory = float(row["memory"] or "nan"), float(row["memory"] or "nan") / float(row["memory_plain"] or "nan")
-            cells = [row["method"], row["images"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.3f}",
-                     f"{memory[0]:.2f} (x {memory[1]:.2f})"]  # fmt: skip
-            cells += [f"{float(row[m]):.3g} [{float(row[m + '_low']):.3g}, {float(row[m + '_high']):.3g}]" for m in measures]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _head(columns, measures):
-    columns = [*columns.split(" | "), *(NAMES[m] for m in measures)]
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
 
 
 def differences(rows, model, file_of):
@@ -114,7 +78,7 @@ def _differences(title, note, pairs, measures, model, file_of):
         lines.append(f"| {TASKS[a['task']]} | {costs[0]} | {b['method']}: {costs[1]} | {n} | {' | '.join(cells)} |")
     if not lines:
         return []
-    return ["", f"## {title}", *(["", note] if note else []), "", *_head("task | fast | the other | images", measures), *lines]
+    return ["", f"## {title}", *(["", note] if note else []), "", *head("task | fast | the other | images", measures), *lines]
 
 
 def _difference(ours, theirs, measure, n, reference):

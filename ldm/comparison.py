@@ -24,6 +24,8 @@ TASKS = {"half": "right half missing", "hole": "centre hole", "strokes": "brush 
          "sr4": "x4 super-resolution", "blur": "blur, noise 0.05"}  # fmt: skip
 PER_IMAGE = ["residual", "psnr", "ssim", "lpips", "accuracy"]  # one number per image; kid is one of the whole set
 MEASURES = [*PER_IMAGE, "kid"]
+NAMES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "accuracy": "label accuracy",
+         "kid": "KID"}  # fmt: skip
 KEY = ["model", "task", "method", "budget", "images"]  # what tells one row from another
 COSTS = ["nfe_forward", "nfe_backward", "seconds", "memory", "memory_plain"]
 COLUMNS = KEY + COSTS + [measure + end for measure in MEASURES for end in ("", "_low", "_high")]
@@ -54,17 +56,18 @@ class Task:
     """A measurement of pictures, and what the methods need to know of it.
 
     name         a key of TASKS, or "sr8" ...
-    images       [N, C, H, H] in [-1, 1]; each is measured with its own noise, by `first + its number`
+    images       [N, C, H, H] in [-1, 1]
+    numbers      one integer per image, 0, 1 ... if None: the seeds of its samples, and (plus 10,000) of its measurement's noise
     D, shape     denoiser, and shape of one sample of x_t
     first_stage  the model with encode and decode where D works on latents: masks, but the 90 % one, are put on latents then, the
                  other tasks go through the decoder (`linear` is False)
     """
 
-    def __init__(self, name, images, D, shape, first_stage=None, first=0):
+    def __init__(self, name, images, D, shape, first_stage=None, numbers=None):
         self.name, self.images, self.D, self.schedule, self.shape = name, images, D, D.schedule, tuple(shape)
         self.A, self.sigma_y = operator(name, images.shape[3])
-        seeds = range(10_000 + first, 10_000 + first + len(images))
-        self.y = measure(self.A, images, self.sigma_y, seeds if self.sigma_y else None)
+        self.numbers = list(range(len(images)) if numbers is None else numbers)
+        self.y = measure(self.A, images, self.sigma_y, [10_000 + i for i in self.numbers])
         self.pixels, self.first_stage = LinearConstraint(self.A, self.y), first_stage
         self.linear = first_stage is None or name in ("half", "hole", "strokes")
         self.encode = None if self.linear else first_stage.encode
@@ -90,10 +93,14 @@ class Task:
         LPIPS takes 64 x 64 pixels and more: smaller pictures are enlarged, grey ones tripled. NaN where its weights are missing.
         """
         measured = self.pixels.rms(self.pixels.residual(x))
-        large = [interpolate(v, size=max(64, v.shape[3]), mode="bilinear").expand(-1, 3, -1, -1) for v in (x, self.images)]
-        lpips = lpips_distance(*large) if lpips_weights() else torch.full_like(measured, float("nan"))
+        lpips = lpips_distance(large(x), large(self.images)) if lpips_weights() else torch.full_like(measured, float("nan"))
         values = dict(residual=measured, psnr=psnr(x, self.images), ssim=ssim(x, self.images), lpips=lpips)
         return {k: v.cpu() for k, v in values.items()}
+
+
+def large(x):
+    """Pictures as AlexNet takes them: at least 64 x 64 pixels, three channels."""
+    return interpolate(x, size=max(64, x.shape[3]), mode="bilinear").expand(-1, 3, -1, -1)
 
 
 # ---- methods
@@ -132,7 +139,7 @@ METHODS = {
     "PSLD": lambda n, task: (psld, dict(steps=n // 2, encode=task.encode)) if task.encode else None,
     "MPGD": lambda n, task: (mpgd, dict(steps=n)) if task.linear else None,
     "DDNM": lambda n, task: (ddnm, dict(steps=n, **task.noise)) if task.linear else None,
-    "RePaint": lambda n, task: (repaint, dict(steps=(n + 9) // 10, resamples=10)) if task.linear and isinstance(task.A, Mask) else None,
+    "RePaint": lambda n, task: (repaint, dict(steps=(n + 9) // 10)) if task.linear and isinstance(task.A, Mask) else None,
     "DiffPIR": lambda n, task: (diffpir, dict(steps=n, **task.noise)) if task.linear else None,
 }
 
@@ -157,18 +164,18 @@ class Counted:
         self.backward += len(gradient)
 
 
-def run(task, sampler, settings, batch, device, bar=None, first=0):
+def run(task, sampler, settings, batch, device, bar=None):
     """All images of a task through a sampler: x [N, ...], and the costs per image {nfe_forward, nfe_backward, seconds}.
 
-    Image i has the seed first + i, in whatever batch it is. Seconds are this process's CPU seconds, on a GPU wall seconds.
+    An image's seed is its number, in whatever batch it is. Seconds are this process's CPU seconds, on a GPU wall seconds.
     """
     D, out, seconds = Counted(task.D), [], 0.0
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     for start in range(0, len(task.images), batch):
         part = slice(start, min(start + batch, len(task.images)))
         constraint, n = task.constraint(part), part.stop - part.start
-        seeds, begin = range(first + part.start, first + part.stop), clock()
-        for state in sampler(D, constraint, shape=(n, *task.shape), seeds=seeds, device=device, **settings):
+        begin = clock()
+        for state in sampler(D, constraint, shape=(n, *task.shape), seeds=task.numbers[part], device=device, **settings):
             if bar is not None:
                 bar.set_postfix_str(f"{start}+{state.step}/{settings['steps']}", refresh=False)
                 bar.update(0)
@@ -224,7 +231,7 @@ def _interval(name, mean, samples):
     return dict(zip((name, f"{name}_low", f"{name}_high"), (mean, *interval(samples)), strict=True))
 
 
-# ---- the table on disk
+# ---- the table
 
 
 def rows(path):
@@ -249,3 +256,41 @@ def append(path, row):
         writer.writeheader()
         writer.writerows([*rows(path), row])
     temporary.replace(path)
+
+
+def measured(rows):
+    """Those of MEASURES that some row has a number of."""
+    return [m for m in MEASURES if any(row[m] not in ("", "nan") for row in rows)]
+
+
+def markdown(rows, title, features):
+    """The lines of a table for each task of the rows (of `rows`), cheapest first. features: in words, what KID is measured in."""
+    measures, counts = measured(rows), sorted({int(row["images"]) for row in rows})
+    images = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
+    lines = [f"# {title}, {images} images", "",
+             "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward. "
+             "MiB: peak memory of one diffusion step, and its ratio to a step without constraint. Measurement RMSE: over the known "
+             f"pixels, or what else was measured. KID: in {features}."]  # fmt: skip
+    if "lpips" not in measures and lpips_weights() is None:
+        lines += ["LPIPS is left out: AlexNet's weights are missing (make data-lpips)."]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines += ["", f"## {TASKS.get(task, task)}", ""]
+        lines += head("method | images | evaluations | s per image | MiB per image", measures)
+        for row in sorted((r for r in rows if r["task"] == task), key=evaluations):
+            backward = f" + {float(row['nfe_backward']):.0f}" if float(row["nfe_backward"]) else ""
+            memory, without = (float(row[k] or "nan") for k in ("memory", "memory_plain"))
+            cells = [row["method"], row["images"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.3f}",
+                     f"{memory:.2f} (x {memory / without:.2f})"]  # fmt: skip
+            cells += [f"{float(row[m]):.3g} [{float(row[m + '_low']):.3g}, {float(row[m + '_high']):.3g}]" for m in measures]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def head(columns, measures):
+    """The two lines that begin a Markdown table."""
+    columns = [*columns.split(" | "), *(NAMES[m] for m in measures)]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def evaluations(row):
+    return float(row["nfe_forward"]) + float(row["nfe_backward"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def from_uint8(pixels):
@@ -18,12 +18,12 @@ def to_uint8(x):
     return ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_image(path, size=None, channels=3):
+def load_image(path, size=None, channels=3, crop=False):
     """A picture file as a float32 tensor [1, channels, H, W] in [-1, 1].
 
-    size: (H, W) to resize to (Lanczos), None keeps the file's. channels: 3 or 1. Palette, greyscale and 16-bit files are
-    converted, transparency is composited on white. ValueError where the file is missing, is not a picture or has a single row or
-    column of pixels.
+    size: (H, W) to resize to (Lanczos), None keeps the file's; crop: only the middle of it, of size's aspect ratio. channels: 3 or
+    1. Palette, greyscale and 16-bit files are converted, transparency is composited on white. ValueError where the file is missing,
+    is not a picture or has a single row or column of pixels.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB)")
@@ -41,7 +41,8 @@ def load_image(path, size=None, channels=3):
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB" if channels == 3 else "L")
     if size is not None:
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        fit = ImageOps.fit if crop else Image.Image.resize
+        image = fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return from_uint8(np.asarray(image)).reshape(1, *image.size[::-1], channels).permute(0, 3, 1, 2).contiguous()
 
 
