@@ -34,6 +34,10 @@ class LinearConstraint:
         """r = y - A x."""
         return self.A.measured(self.y) - self.A(x)
 
+    def linearised(self, x0):
+        """(A, r) at x0."""
+        return self.A, self.residual(x0)
+
     def rms(self, r):
         """Root mean square of r [B, ...] over what is measured. [B]"""
         return (r.flatten(1).square().sum(1) / self.measured).sqrt()
@@ -71,14 +75,40 @@ class DecodedConstraint:
 
     def __init__(self, decode, A, y):
         self.decode, self.pixels, self.backward_passes = decode, LinearConstraint(A, y), 0
+        self.rms = self.pixels.rms
 
     def __call__(self, x0):
+        A, r = self.linearised(x0)
+        return A.adjoint(r), self.rms(r)
+
+    def residual(self, x0):
+        """r = y - A Dec(x0): a forward pass of the decoder."""
+        return self.pixels.residual(self.decode(x0))
+
+    def linearised(self, x0):
+        """(A Dec' at x0, an operator on latents, and r): each product with it is a forward, with its adjoint a backward pass of the
+        decoder, whose graph lives as long as the operator."""
         with torch.inference_mode(False), torch.enable_grad():
             z = x0.clone().requires_grad_()
-            r = self.pixels.residual(self.decode(z))
-            (gradient,) = torch.autograd.grad(0.5 * r.square().sum(), z)
-        self.backward_passes += 1
-        return -gradient, self.pixels.rms(r.detach())
+            r = self.residual(z)
+        return _Derivative(self, z, r), r.detach()
+
+
+class _Derivative:
+    """A Dec' of a DecodedConstraint at z, from its residual r there: A Dec' w ~ (r - r(z + s w)) / s with |s w|_inf = 0.05."""
+
+    def __init__(self, constraint, z, r):
+        self.constraint, self.z, self.r = constraint, z, r
+
+    def __call__(self, w):
+        s = 0.05 / max_norm(w).clamp_min(1e-30)
+        with torch.no_grad():
+            moved = self.constraint.residual(self.z.detach() + s * w)
+            return (self.r.detach() - moved) / s.view(-1, *[1] * (moved.ndim - 1))
+
+    def adjoint(self, u):
+        self.constraint.backward_passes += 1
+        return -torch.autograd.grad(self.r, self.z, u.clone(), retain_graph=True)[0]
 
 
 class EncoderConstraint:

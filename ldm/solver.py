@@ -71,7 +71,7 @@ def fast_sampler(
     eta=0.5,                # 0: DDIM, 1: ancestral noise
     refit=False,            # the step from x0 + strength * d instead: eps is fitted to the moved x0
     grid="log",             # levels: see `log_levels`, or "uniform" as the schedule has them
-    trust=1.0,              # largest |d|_inf of a step, where only (e, residual) is known
+    trust=1.0,              # largest |d|_inf of a step, where the constraint is not linear
     h=0.005,                # finite-difference length, in units of x_t
     mode="difference",      # of the Jacobian product, see `jvp`
     device="cpu",
@@ -82,8 +82,8 @@ def fast_sampler(
         x0 = D(x_t, t);  d by (*) from `vectors` products with J
         x_s = DDIM step from (x_t, x0) + strength alpha_s d;  x0 <- x0 + d
 
-    1 + vectors evaluations of D at each step; where J is left out, V = (sigma_t / alpha_t)^2 I, strength is 1, and the evaluation of
-    x0 is the only one. So it is in the last step, which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With
+    1 + vectors evaluations of D at each step; where J is left out, V = (sigma_t / alpha_t)^2 I, strength is 1, and the evaluation
+    of x0 is the only one. So it is in the last step, which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With
     noise, no correction goes below the noise level (discrepancy principle): a sample whose residual's RMS is sigma_y already stays
     as it is.
 
@@ -93,8 +93,9 @@ def fast_sampler(
     exact for a Gaussian, and was worse on digits with few steps; the bias of the default on a Gaussian is in tests/test_solver.py
     (benchmarks/compare_ablation.py: each idea on and off).
 
-    constraint: where it has A and y (LinearConstraint), (*) is solved with A itself. Any other callable x0 -> (e, residual) is
-    linearised along w = V e by one more call of it, A w ~ (e(x0) - e(x0 + s w)) / s, and e takes the place of r; sigma_y must be 0
+    constraint: one with `linearised` (LinearConstraint, DecodedConstraint) is solved by (*) with its A, or the derivative of A Dec
+    at x0. Any other callable x0 -> (e, residual) is linearised along w = V e by one more call of it,
+    A w ~ (e(x0) - e(x0 + s w)) / s, and e takes the place of r; sigma_y must be 0
     then. `constraint=None` samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and
     FloatingPointError at the end if an x0 was not finite: before, nothing waits for the values of a tensor.
     """
@@ -109,7 +110,7 @@ def fast_sampler(
         if not value > 0:
             raise ValueError(f"{name} = {value}: give a positive number")
     check_eta_and_mode(eta, mode)
-    if sigma_y > 0 and not hasattr(constraint, "A"):
+    if sigma_y > 0 and not hasattr(constraint, "linearised"):
         raise ValueError(f"sigma_y = {sigma_y}: this constraint has no A to weigh the noise with, give 0")
     noise, D = seeded_noise(shape, seeds, device, dtype), _Counted(D)
 
@@ -117,9 +118,12 @@ def fast_sampler(
         alpha = max(now.alpha, 1e-3)  # a flow starts at 0
         gamma = now.sigma**2 / alpha
         V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, h, mode) if with_J else gamma / alpha * v  # noqa: E731
-        if hasattr(constraint, "A"):
-            return linear_correction(constraint, x0, V, vectors if with_J else INNER, sigma_y)
-        return general_correction(constraint, x0, V, vectors if with_J else 1, trust)
+        if hasattr(constraint, "linearised"):
+            exact = hasattr(constraint, "A")
+            count = vectors if with_J else INNER if exact else 1  # a decoder costs more than it gains from a second
+            d = linear_correction(constraint, x0, V, count, sigma_y)
+            return d if exact else shortened(d, trust)
+        return shortened(general_correction(constraint, x0, V, vectors if with_J else 1), trust)
 
     return _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, correction)
 
@@ -132,7 +136,7 @@ def _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, corr
         with_J = _with_J(now, to, late)
         if constraint is not None:
             d = correction(x_t, x0, now, with_J)
-            residual = constraint(x0 + d)[1]
+            residual = residual_of(constraint, x0 + d)
         push = strength * d if with_J else d
         if refit:
             x_t = D.schedule.step(x_t, x0 + push, now, to, eta, noise)
@@ -143,6 +147,11 @@ def _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, corr
         if to.sigma == 0 and not finite:
             raise FloatingPointError("x0 is not finite: lower strength, raise h, or run the network in float32")
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
+
+
+def residual_of(constraint, x0):
+    """The constraint's residual [B], without its error direction where the two can be had apart."""
+    return constraint.rms(constraint.residual(x0)) if hasattr(constraint, "linearised") else constraint(x0)[1]
 
 
 def _with_J(now, to, late):
@@ -157,7 +166,7 @@ def _levels(schedule, steps, grid):
 
 
 def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
-    """The most diffusion steps, at most 200, that `fast_sampler` takes with so many evaluations of D. ValueError if there is none."""
+    """The most diffusion steps, at most 200, that `fast_sampler` takes with so many evaluations of D. ValueError if none."""
 
     def cost(steps):
         return steps + vectors * sum(_with_J(now, to, late) for now, to in pairwise(_levels(schedule, steps, grid)))
@@ -169,8 +178,8 @@ def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
 
 
 def linear_correction(constraint, x0, V, vectors, sigma_y):
-    """d of (*) at x0, for a constraint with A and y; V a function v -> V v."""
-    A, r = constraint.A, constraint.residual(x0)
+    """d of (*), A linearised at x0; V a function v -> V v."""
+    A, r = constraint.linearised(x0)
     if sigma_y > 0:
         excess = 1 - sigma_y / constraint.rms(r).clamp_min(1e-30)
         r = r * excess.clamp_min(0).view(-1, *[1] * (r.ndim - 1)).to(r)
@@ -182,16 +191,20 @@ def linear_correction(constraint, x0, V, vectors, sigma_y):
     return gcr(r, product, vectors, sigma_y**2)[0]
 
 
-def general_correction(constraint, x0, V, vectors, trust):
-    """The same with e for r, as far as |d|_inf <= trust."""
+def general_correction(constraint, x0, V, vectors):
+    """The same with e for r, and with the difference of e along w for A w."""
     e, _ = constraint(x0)
 
     def product(u):
         w = V(u)
-        s = 0.1 * trust / max_norm(w).clamp_min(1e-30)
+        s = 0.1 / max_norm(w).clamp_min(1e-30)
         return w, (e - constraint(x0 + s * w)[0]) / s
 
-    d, _ = gcr(e, product, vectors)
+    return gcr(e, product, vectors)[0]
+
+
+def shortened(d, trust):
+    """d, as far as |d|_inf <= trust, each sample by itself."""
     return (trust / max_norm(d).clamp_min(1e-30)).clamp_max(1.0) * d
 
 

@@ -221,3 +221,21 @@ def test_openai_s_clip_loads_from_a_file(tmp_path):
         clip.encode_image(((x + 1) / 2 - mean) / std)
         tokens = load_clip_vision(tmp_path / "clip.safetensors", device="cpu")(x)
     assert torch.allclose(tokens, seen[0][:, 1:], atol=1e-5)
+
+
+def test_the_decoded_measurement_s_derivative_is_linear_with_its_adjoint():
+    """A Dec' of a decoder that is not linear: the product against torch's exact derivative, <A Dec' w, u> = <w, (A Dec')^T u>."""
+    generator = torch.Generator().manual_seed(0)
+    x0, w = torch.randn(2, 3, 1, 4, 4, generator=generator, dtype=torch.float64).transpose(0, 1)[:2]
+    weights = torch.randn(16, 64, generator=generator, dtype=torch.float64) / 8
+    decode = lambda z: torch.tanh(z.flatten(1) @ weights).view(-1, 1, 8, 8)  # noqa: E731
+    A = downsample((8, 8), 2)
+    constraint = DecodedConstraint(decode, A, torch.zeros(len(x0), 1, 4, 4, dtype=torch.float64))
+    derivative, r = constraint.linearised(x0)
+    exact = torch.func.jvp(lambda z: A(decode(z)), (x0,), (w,))[1]
+    assert torch.equal(r, constraint.residual(x0))
+    assert (derivative(w) - exact).abs().max() < 0.05 * exact.abs().max()  # a difference of length 0.05
+    u = torch.randn(r.shape, generator=generator, dtype=torch.float64)
+    assert torch.allclose((exact * u).sum((1, 2, 3)), (w * derivative.adjoint(u)).sum((1, 2, 3)))
+    e, residual = constraint(x0)
+    assert torch.allclose(e, derivative.adjoint(r)) and torch.allclose(residual, r.square().mean((1, 2, 3)).sqrt())

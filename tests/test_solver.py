@@ -4,7 +4,7 @@ from test_newton_sampler import NoBackward, draw, half_mask, known, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.checkpoints import load_model
-from ldm.constraints import LinearConstraint, LossConstraint
+from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
 from ldm.newton_sampler import sample, seeded_noise
@@ -196,6 +196,15 @@ def test_an_error_direction_alone_gives_the_same_line_search(gaussian):
     a = last(gaussian, constraint, SHAPE, range(8), steps=8, dtype=torch.float64)
     b = last(gaussian, stripped, SHAPE, range(8), steps=8, trust=100.0, dtype=torch.float64)
     assert (a.x_t - b.x_t).abs().max() < 1e-6
+
+
+def test_a_measurement_through_a_decoder_that_does_nothing_is_the_measurement(gaussian):
+    """Decoder: the identity. The linearised rule has to find the same steps, but for those without J, where it takes one vector."""
+    A, images = OPERATORS["super-resolution"], draw(gaussian, 8).double()
+    settings = dict(steps=8, late=0.0, trust=100.0, dtype=torch.float64)
+    a, b = (list(fast_sampler(gaussian, c, SHAPE, range(8), **settings))[-2]
+            for c in (LinearConstraint(A, A(images)), DecodedConstraint(lambda x: x, A, A(images))))  # fmt: skip
+    assert (a.x_t - b.x_t).abs().max() < 1e-6 and (a.residual - b.residual).abs().max() < 1e-6
 
 
 def test_a_loss_falls(gaussian):
