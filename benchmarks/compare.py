@@ -90,9 +90,11 @@ def main(argv=None):
         bar = tqdm(jobs, desc=name)
         for task_name, method, budget in bar:
             key = dict(model=name, task=task_name, method=method, budget=budget, images=len(model.images))
+            if in_table(path, key):
+                continue
             task = model.task(task_name)
             chosen = METHODS[method](budget, task)
-            if chosen is None or in_table(path, key):
+            if chosen is None:
                 continue
             bar.set_description(f"{task_name}, {method}, {budget}")
             x, costs = run(task, *chosen, args.batch, device, bar)
