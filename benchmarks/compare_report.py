@@ -5,6 +5,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from ldm.comparison import NAMES, TASKS, evaluations, head, markdown, measured  # noqa: E402
 from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
@@ -100,7 +101,10 @@ def figure(rows, path, cost, label):
     present = {row["method"] for row in rows}
     families = {f: [m for m in methods if m in present] for f, (_, methods) in FAMILIES.items()}
     families = {f: methods for f, methods in families.items() if methods}
-    fig, axes = plt.subplots(len(tasks), len(measures), figsize=(4.1 * len(measures), 3.0 * len(tasks) + 1.9), squeeze=False)
+    size = 4.1 * len(measures), 3.0 * len(tasks) + 1.9
+    fig, axes = plt.subplots(len(tasks), len(measures), figsize=size, squeeze=False, sharex=True)
+    for ax in axes.flat:
+        ax.tick_params(labelbottom=True)
     for task, line in zip(tasks, axes, strict=True):
         for measure, ax in zip(measures, line, strict=True):
             for family, methods in families.items():
@@ -142,11 +146,15 @@ def _curve(ax, rows, measure, cost, family, method):
 
 def _decorate(ax, measure, task, label):
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     if measure == "residual":
         ax.set_yscale("log")
         ax.set_ylim(bottom=7e-5)
-    if measure == "kid":
+    if measure == "kid" and ax.get_ylim()[1] > 50:  # some methods are far from the others
         ax.set_yscale("symlog", linthresh=10)
+        ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.25, lw=0.5)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=9)
