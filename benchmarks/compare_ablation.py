@@ -1,6 +1,6 @@
 """What each idea of `fast_sampler` is worth: one at a time off or changed, all at no more than --budget network evaluations.
 
-    python benchmarks/compare_ablation.py [--images 96] [--budget 44] [--tasks half hole sr4] [--variants ...]
+    python benchmarks/compare_ablation.py [--images 64] [--budget 44] [--tasks half hole sr4] [--variants ...]
 
 On mnist, with the pictures, seeds and measures of compare.py. Appends to --out/compare_ablation.csv, skips rows that are there, and
 writes compare_ablation.md: means, with half the width of the 95 % bootstrap interval.
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import compare_tasks as tasks
-from compare import append, in_table, rows, run
+from compare import append, in_table, intervals, rows, run
 from tqdm import tqdm
 
 from ldm.solver import fast_sampler, steps_for
@@ -45,7 +45,7 @@ def table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--budget", type=int, default=44)
     parser.add_argument("--tasks", nargs="+", default=["half", "hole", "sr4"], choices=tasks.TASKS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
@@ -66,7 +66,7 @@ def main():
         counted = {k: changed[k] for k in ("late", "vectors", "grid") if k in changed}
         steps = steps_for(args.budget, task.schedule, **counted)
         x, costs = run(task, fast_sampler, dict(steps=steps, **task.noise, **changed), args.batch, device, bar)
-        append(path, key | costs | tasks.intervals(model.measure(x, task), model.reference))
+        append(path, key | costs | intervals(model.measure(x, task), model.reference))
     found = sorted((row for row in rows(path)), key=lambda row: (args.tasks + tasks.TASKS).index(row["task"]))
     path.with_suffix(".md").write_text(table(found))
     print(table(found))

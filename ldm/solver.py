@@ -171,10 +171,9 @@ def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
     def cost(steps):
         return steps + vectors * sum(_with_J(now, to, late) for now, to in pairwise(_levels(schedule, steps, grid)))
 
-    affordable = [steps for steps in range(3, 201) if cost(steps) <= evaluations]
-    if not affordable:
+    if cost(3) > evaluations:
         raise ValueError(f"evaluations = {evaluations}: three diffusion steps take {cost(3)} already")
-    return affordable[-1]
+    return 2 + bisect(range(3, 201), evaluations, key=cost)
 
 
 def linear_correction(constraint, x0, V, vectors, sigma_y):
