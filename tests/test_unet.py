@@ -207,6 +207,7 @@ def test_wrong_inputs_are_refused():
 
 def test_compiles_as_one_graph():
     """torch.compile without a graph break; by the backend that traces only, so that no C compiler is needed."""
+    torch.compiler.reset()  # what other tests compiled of the same code counts for its limits
     unet = randomised(UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
                                 context_dim=24))  # fmt: skip
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 500]), torch.randn(2, 7, 24)
