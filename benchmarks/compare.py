@@ -28,7 +28,7 @@ from compare_tasks import MODELS, TASKS
 from tqdm import tqdm
 
 from ldm import comparison
-from ldm.comparison import append, in_table, intervals, plain, rows, run, step_memory  # noqa: F401  (compare_ablation.py too)
+from ldm.comparison import append, in_table, intervals, plain, rows, run, step_memory
 from ldm.util import resolve_device
 
 METHODS = comparison.METHODS | foreign.METHODS

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import compare_tasks as tasks
-from compare import append, in_table, intervals, rows, run
 from tqdm import tqdm
 
+from ldm.comparison import append, in_table, intervals, rows, run
 from ldm.solver import fast_sampler, steps_for
 from ldm.util import resolve_device
 

@@ -5,7 +5,7 @@ from tiny import Judge
 
 from ldm import comparison
 from ldm.checkpoints import load_model
-from ldm.comparison import Task, intervals  # noqa: F401  (compare_ablation.py takes the latter from here)
+from ldm.comparison import Task
 from ldm.data.emoji import Emoji
 from ldm.data.mnist import MNIST
 from ldm.denoisers import Denoiser, LatentDenoiser

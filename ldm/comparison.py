@@ -71,7 +71,7 @@ class Task:
         self.pixels, self.first_stage = LinearConstraint(self.A, self.y), first_stage
         self.linear = first_stage is None or name in ("half", "hole", "strokes")
         self.encode = None if self.linear else first_stage.encode
-        self.noise = dict(sigma_y=self.sigma_y) if self.linear else {}  # what a solver that weighs the noise with A is told
+        self.noise = dict(sigma_y=self.sigma_y)  # what a solver that weighs the noise with A is told
 
     def constraint(self, part=slice(None)):
         """The constraint of the images `part`, a slice."""

@@ -127,14 +127,18 @@ class EncoderConstraint:
 
     def __init__(self, decode, encode, A, y, lift=None, h=0.05, retraction=1.0):
         self.decode, self.encode, self.pixels, self.h, self.retraction = decode, encode, LinearConstraint(A, y), h, retraction
-        self.lift = A.pseudo_inverse if lift is None else lift
+        self.lift, self.rms = A.pseudo_inverse if lift is None else lift, self.pixels.rms
 
     def __call__(self, x0):
         x = self.decode(x0)
         r = self.pixels.residual(x)
         p = self.lift(r)
         moved, here = self.encode(torch.cat([x + self.h * unit(p), x])).chunk(2)
-        return (moved - here) * (max_norm(p) / self.h) + self.retraction * (here - x0), self.pixels.rms(r)
+        return (moved - here) * (max_norm(p) / self.h) + self.retraction * (here - x0), self.rms(r)
+
+    def residual(self, x0):
+        """r = y - A Dec(x0), without the encoder."""
+        return self.pixels.residual(self.decode(x0))
 
 
 class LossConstraint:

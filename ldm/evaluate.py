@@ -37,6 +37,8 @@ from ldm.data.captioned import PICTURES
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import load_image, save_image
 from ldm.metrics import alexnet_features, lpips_weights
+from ldm.newton_sampler import H, newton_sampler
+from ldm.solver import fast_sampler
 
 DEFAULTS = {"data": None, "model": "tiny", "config": None, "prediction": None, "task": "inpaint", "method": "newton", "budget": 220,
             "prompt": "", "guidance": 1.0, "limit": None, "batch": 4, "devices": 1, "accelerator": "auto", "nodes": 1,
@@ -84,7 +86,10 @@ class Evaluation(pl.LightningModule):
             takes = {"RePaint": "only masks on x_t itself", "PSLD": "only tasks through the decoder"}
             raise ValueError(f"method = {method} does not apply to task = {task.name} with this model: it takes "
                              f"{takes.get(method, 'no task through the decoder')}")  # fmt: skip
-        return chosen
+        sampler, settings = chosen
+        if sampler in (newton_sampler, fast_sampler):
+            settings["h"] = H[PRECISIONS[str(self.settings["precision"])] or torch.float32]
+        return sampler, settings
 
     def check(self):
         """What predict_step would find out, before it: ValueError for a task or method that does not fit."""

@@ -62,7 +62,7 @@ def fast_sampler(
     D,
     constraint,
     shape,                  # [B, C, H, W] of x_t
-    seeds,                  # one integer per sample, or the noise itself (`seeded_noise`)
+    seeds,                  # one integer per sample, or a function that draws the noise, see `seeded_noise`
     steps=24,               # diffusion steps
     vectors=1,              # products with J at each of them, where J is used
     strength=None,          # of the correction's push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
@@ -95,9 +95,9 @@ def fast_sampler(
 
     constraint: one with `linearised` (LinearConstraint, DecodedConstraint) is solved by (*) with its A, or the derivative of A Dec
     at x0. Any other callable x0 -> (e, residual) is linearised along w = V e by one more call of it,
-    A w ~ (e(x0) - e(x0 + s w)) / s, and e takes the place of r; sigma_y must be 0
-    then. `constraint=None` samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and
-    FloatingPointError at the end if an x0 was not finite: before, nothing waits for the values of a tensor.
+    A w ~ (e(x0) - e(x0 + s w)) / s, and e takes the place of r; sigma_y must be 0 then. `constraint=None` samples without one
+    (`steps` evaluations). Raises ValueError for wrong arguments at once, and FloatingPointError at the end if an x0 was not
+    finite: before, nothing waits for the values of a tensor.
     """
     levels = _levels(D.schedule, steps, grid)
     if int(vectors) != vectors or vectors < 1:
@@ -151,7 +151,7 @@ def _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, corr
 
 def residual_of(constraint, x0):
     """The constraint's residual [B], without its error direction where the two can be had apart."""
-    return constraint.rms(constraint.residual(x0)) if hasattr(constraint, "linearised") else constraint(x0)[1]
+    return constraint.rms(constraint.residual(x0)) if hasattr(constraint, "residual") else constraint(x0)[1]
 
 
 def _with_J(now, to, late):

@@ -101,7 +101,7 @@ def test_latent_tasks_are_put_on_latents_for_masks_only():
         task = Task(name, images, D, (3, 16, 16), stage)
         assert task.linear == (name in ("half", "hole", "strokes"))
         assert isinstance(task.constraint(), DecodedConstraint) != task.linear
-        assert bool(task.noise) == task.linear
+        assert task.noise == {"sigma_y": 0.05 if name == "blur" else 0.0}
 
 
 def test_operators():
