@@ -13,7 +13,7 @@ from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
 FAMILIES = {  # family: (colour, its methods in the order of the line styles)
     "ours": ("#d62728", ["fast"]),
-    "the paper's loop": ("#1f4e9c", ["paper", "paper, lr 0.1", "paper, eta 1", "paper, lr 0.1, eta 1"]),
+    "the paper's loop": ("#1f4e9c", ["paper", "paper, lr 0.1, eta 1"]),
     "back-propagating": ("#2a8c4a", ["gradient steps", "DPS", "PSLD"]),
     "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint"]),
     "azula, back-propagating": ("#7b3fa0", ["azula MMPS", "azula TMPD", "azula PGDM", "azula DPS"]),

@@ -122,7 +122,7 @@ def gradients(n):
 
 # name -> (budget n, task) -> (sampler, settings), or None where the method does not apply. n is a number of network evaluations, a
 # backward pass counted as one more, which the settings approach from below; what is not set is the method's default, the paper's.
-#   paper             see `newton`: as published; eta 1 adds ancestral noise; lr 0.1 is the constant step of its super-resolution
+#   paper             see `newton`: as published; and with the constant step of its super-resolution and ancestral noise
 #   fast              as many diffusion steps as n allows, at most 200
 #   gradient steps    see `gradients`
 #   DPS, PSLD         n / 2 steps of one forward and one backward evaluation
@@ -130,8 +130,6 @@ def gradients(n):
 #   RePaint           n / 10 steps, each taken 10 times, but the last once
 METHODS = {
     "paper": lambda n, task: newton(n),
-    "paper, eta 1": lambda n, task: newton(n, eta=1.0),
-    "paper, lr 0.1": lambda n, task: newton(n, lr=0.1),
     "paper, lr 0.1, eta 1": lambda n, task: newton(n, lr=0.1, eta=1.0),
     "fast": lambda n, task: (fast_sampler, dict(steps=steps_for(n, task.schedule), **task.noise)),
     "gradient steps": lambda n, task: gradients(n),
