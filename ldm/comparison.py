@@ -7,6 +7,7 @@ import csv
 import os
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn.functional import interpolate
@@ -165,9 +166,10 @@ class Counted:
 def run(task, sampler, settings, batch, device, bar=None):
     """All images of a task through a sampler: x [N, ...], and the costs per image {nfe_forward, nfe_backward, seconds}.
 
-    An image's seed is its number, in whatever batch it is. Seconds are this process's CPU seconds, on a GPU wall seconds.
+    An image's seed is its number, in whatever batch it is. Seconds are this process's CPU seconds, on a GPU wall seconds: the
+    median of the batches, since the first may compile, and a busy machine slows some.
     """
-    D, out, seconds = Counted(task.D), [], 0.0
+    D, out, seconds = Counted(task.D), [], []
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     for start in range(0, len(task.images), batch):
         part = slice(start, min(start + batch, len(task.images)))
@@ -180,9 +182,9 @@ def run(task, sampler, settings, batch, device, bar=None):
         out.append(state.x_t.clone())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds += clock() - begin
+        seconds.append((clock() - begin) / n)
     n = len(task.images)
-    return torch.cat(out), dict(nfe_forward=D.forward / n, nfe_backward=D.backward / n, seconds=seconds / n)
+    return torch.cat(out), dict(nfe_forward=D.forward / n, nfe_backward=D.backward / n, seconds=median(seconds))
 
 
 def step_memory(task, sampler, settings, device, n=8):
