@@ -85,6 +85,8 @@ def main(argv=None):
     for name in args.models:
         model = MODELS[name](args.data, args.images or MODELS[name].usual, device)
         if args.compile:
+            # one compilation for each batch, and with or without gradients, inference mode, azula's and deepinv's modes ...
+            torch._dynamo.config.recompile_limit = 64
             model.D.compile()
         jobs = [] if args.report else [(t, m, b) for b in sorted(args.budgets) for t in args.tasks for m in methods]
         bar = tqdm(jobs, desc=name)
