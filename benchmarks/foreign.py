@@ -127,7 +127,8 @@ def deepinv(kind):
 
     "DPS"      one forward and one backward evaluation of D per step; with "annealed" guidance, which the default weight of 1 is
                meant for (with deepinv's default guidance, that weight hardly guides at all: tests/test_foreign.py)
-    "PiGDM"    the same, in deepinv's PosteriorDiffusion with the same levels and ancestral steps as its DPS
+    "PiGDM"    the same, in deepinv's PosteriorDiffusion with the same levels and ancestral steps as its DPS; never compiled, since
+               torch.compile, met inside the torch.func.vjp that it uses, gives up a network for good
     "DiffPIR"  one forward evaluation per step
     "DDRM"     the same
 
@@ -141,7 +142,8 @@ def deepinv(kind):
         y = (constraint.A.measured(constraint.y).float() + constraint.A(torch.ones(shape, device=device))) / 2
         run = _deepinv_samplers(_deepinv_denoiser(D), steps, sigma_y, device, settings)[kind]()
         physics = _physics(constraint.A, shape, sigma_y, device)
-        with noise, torch.inference_mode(False), torch.no_grad():
+        stance = torch.compiler.set_stance("force_eager" if kind == "PiGDM" else "default")
+        with noise, stance, torch.inference_mode(False), torch.no_grad():
             x = (2 * run(y, physics) - 1).to(dtype)
         yield State(steps, 0, x, x, constraint(x)[1], D.calls)
 
