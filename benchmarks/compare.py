@@ -9,7 +9,7 @@ benchmarks/foreign.py (other people's implementations: azula, deepinv) have each
 
 Appends one row per (model, task, method, budget, images) to --out/compare.csv and skips rows that are there, so that an
 interrupted run goes on and a deleted line is made anew; what was sampled is kept in outputs/compare/ for paired differences. Then
-writes compare-MODEL.md, compare-MODEL.png (quality against seconds) and compare-MODEL-evaluations.png of all rows; of rows that
+writes compare-MODEL.md, compare-MODEL.png (quality against seconds) and compare-MODEL-ranking.png (at 44 evaluations); of rows that
 differ in the number of images only, those of the most images. --quick: 4 images, two tasks, two budgets, into
 outputs/compare-quick. --report: only write what follows from the rows. --models tiny needs the captioned pictures
 (make data-emoji), mnist the MNIST data.

@@ -1,5 +1,7 @@
 """compare.csv as a table, with paired differences, and as figures."""
 
+import itertools
+
 import matplotlib
 import torch
 
@@ -31,8 +33,8 @@ def report(rows, name, model, out, file_of):
         return
     text = "\n".join(markdown(rows, name, model.features) + differences(rows, model, file_of)) + "\n"
     (out / f"compare-{name}.md").write_text(text)
-    figure(rows, out / f"compare-{name}.png", "seconds", "seconds per image")
-    figure(rows, out / f"compare-{name}-evaluations.png", "evaluations", "evaluations of the network, forward + backward")
+    curves(rows, out / f"compare-{name}.png")
+    ranking(rows, out / f"compare-{name}-ranking.png")
     print(text)
 
 
@@ -94,8 +96,51 @@ def _difference(ours, theirs, measure, n, reference):
 # ---- figures
 
 
-def figure(rows, path, cost, label):
-    """Quality against cost: one row of panels per task, one curve per method, a colour for each family of methods."""
+def ranking(rows, path, budget="44", reference="220"):
+    """The methods at one budget, the best on top, by LPIPS with its interval, or PSNR where LPIPS is missing. A panel for each task
+    that at least two methods were run on; the dashed line is the paper's loop at the budget `reference`."""
+    measure = "lpips" if "lpips" in measured(rows) else "psnr"
+    panels = {t: [r for r in rows if r["task"] == t and r["budget"] == budget] for t in TASKS}
+    panels = {t: found for t, found in panels.items() if len(found) > 1}
+    if not panels:
+        return
+    across = min(3, len(panels))
+    down, most = -(-len(panels) // across), max(map(len, panels.values()))
+    size = 4.7 * across, down * (0.21 * most + 0.7) + 0.8
+    fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    colour = {m: colour for colour, methods in FAMILIES.values() for m in methods}
+    for ax, (task, found) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, [])):
+        if not found:
+            ax.axis("off")
+            continue
+        found = sorted(found, key=lambda r: float(r[measure]), reverse=measure in LOWER_IS_BETTER)
+        for y, r in enumerate(found):
+            value, low, high = (float(r[measure + end]) for end in ("", "_low", "_high"))
+            ax.plot([low, high], [y, y], color=colour[r["method"]], lw=2, alpha=0.45)
+            ax.plot(value, y, "o", color=colour[r["method"]], ms=9 if r["method"] == "fast" else 5.5)
+        for r in rows:
+            if (r["task"], r["method"], r["budget"]) == (task, "paper", reference):
+                ax.axvline(float(r[measure]), color=colour["paper"], ls=(0, (4, 3)), lw=1)
+        ax.set_yticks(range(len(found)), [r["method"] for r in found], fontsize=8.5)
+        for label, r in zip(ax.get_yticklabels(), found, strict=True):
+            label.set(color=colour[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
+        ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)
+        ax.set_title(TASKS[task], fontsize=11, fontweight="bold")
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", alpha=0.25, lw=0.5)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    present = {r["method"] for found in panels.values() for r in found}
+    handles = [plt.Line2D([], [], color=c, marker="o", lw=2, label=f) for f, (c, ms) in FAMILIES.items() if present & set(ms)]
+    handles += [plt.Line2D([], [], color=colour["paper"], ls=(0, (4, 3)), lw=1, label=f"the paper's loop, {reference} evaluations")]
+    fig.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    better = "lower" if measure in LOWER_IS_BETTER else "higher"
+    fig.suptitle(f"{NAMES[measure]} at {budget} evaluations of the network, {better} is better", fontsize=12)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def curves(rows, path):
+    """Quality against seconds: one row of panels per task, one curve per method, a colour for each family of methods."""
     measures, tasks = [m for m in ("lpips", "kid", "accuracy", "residual") if m in measured(rows)], {row["task"] for row in rows}
     tasks = [task for task in TASKS if task in tasks]
     present = {row["method"] for row in rows}
@@ -109,8 +154,8 @@ def figure(rows, path, cost, label):
         for measure, ax in zip(measures, line, strict=True):
             for family, methods in families.items():
                 for method in methods:
-                    _curve(ax, [r for r in rows if r["task"] == task and r["method"] == method], measure, cost, family, method)
-            _decorate(ax, measure, task if measure == measures[0] else None, label if task == tasks[-1] else None)
+                    _curve(ax, [r for r in rows if r["task"] == task and r["method"] == method], measure, family, method)
+            _decorate(ax, measure, task if measure == measures[0] else None, task == tasks[-1])
             if task == tasks[0]:
                 ax.set_title(f"{NAMES[measure]}  ({'lower' if measure in LOWER_IS_BETTER else 'higher'} is better)", fontsize=11)
     height = fig.get_figheight()
@@ -130,9 +175,8 @@ def _style(family, method):
     return dict(color=colour, ls=LINES[i], marker=MARKERS[i], ms=6 if ours else 3.5, lw=3 if ours else 1.4, zorder=4 if ours else 2)
 
 
-def _curve(ax, rows, measure, cost, family, method):
-    x_of = evaluations if cost == "evaluations" else lambda r: float(r["seconds"])
-    points = sorted((x_of(r), *(float(r[measure + end]) for end in ("", "_low", "_high"))) for r in rows)
+def _curve(ax, rows, measure, family, method):
+    points = sorted((float(r["seconds"]), *(float(r[measure + end]) for end in ("", "_low", "_high"))) for r in rows)
     if not points:
         return
     x, y, low, high = zip(*points, strict=True)
@@ -144,7 +188,7 @@ def _curve(ax, rows, measure, cost, family, method):
     ax.plot(x, y, **style)
 
 
-def _decorate(ax, measure, task, label):
+def _decorate(ax, measure, task, lowest):
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -160,5 +204,5 @@ def _decorate(ax, measure, task, label):
     ax.tick_params(labelsize=9)
     if task:
         ax.set_ylabel(TASKS[task], fontsize=12, fontweight="bold")
-    if label:
-        ax.set_xlabel(label, fontsize=10)
+    if lowest:
+        ax.set_xlabel("seconds per image", fontsize=10)

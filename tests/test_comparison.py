@@ -222,7 +222,7 @@ def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
     against_paper, against_gradients = text.split("## fast minus")[1:]
     assert "paper: 220, 5.000 s | 4 | +1 [+1, +1] worse | +1 [+1, +1] better" in against_paper  # RMSE, PSNR
     assert "DPS: 44, 1.200 s | 4" in against_gradients and "DPS: 100" not in against_gradients
-    assert (tmp_path / "compare-m.png").is_file() and (tmp_path / "compare-m-evaluations.png").is_file()
+    assert (tmp_path / "compare-m.png").is_file() and (tmp_path / "compare-m-ranking.png").is_file()
 
 
 def name_of(r):
