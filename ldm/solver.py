@@ -84,8 +84,8 @@ def fast_sampler(
 
     1 + vectors evaluations of D at each step; where J is left out, V = (sigma_t / alpha_t)^2 I, strength is 1, and the evaluation
     of x0 is the only one. So it is in the last step, which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With
-    noise, no correction goes below the noise level (discrepancy principle): a sample whose residual's RMS is sigma_y already stays
-    as it is.
+    noise, (*) weighs it where J is used. Where J is left out, V would copy the noise into the picture: there no correction goes
+    below the noise level (discrepancy principle); a sample whose residual's RMS is sigma_y already stays as it is.
 
     strength: D answers a move alpha d of x_t by alpha J d only, which at high noise is far less than the d that was asked for, so
     that a stronger push pays. Above 3 to 4 it overshoots where J has large eigenvalues, and diverges on the shipped models. In the
@@ -121,7 +121,7 @@ def fast_sampler(
         if hasattr(constraint, "linearised"):
             exact = hasattr(constraint, "A")
             count = vectors if with_J else INNER if exact else 1  # a decoder costs more than it gains from a second
-            d = linear_correction(constraint, x0, V, count, sigma_y)
+            d = linear_correction(constraint, x0, V, count, sigma_y, discrepancy=not with_J)
             return d if exact else shortened(d, trust)
         return shortened(general_correction(constraint, x0, V, vectors if with_J else 1), trust)
 
@@ -176,10 +176,10 @@ def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
     return 2 + bisect(range(3, 201), evaluations, key=cost)
 
 
-def linear_correction(constraint, x0, V, vectors, sigma_y):
-    """d of (*), A linearised at x0; V a function v -> V v."""
+def linear_correction(constraint, x0, V, vectors, sigma_y, discrepancy=False):
+    """d of (*), A linearised at x0; V a function v -> V v. discrepancy: r counts only as far as its RMS is above sigma_y."""
     A, r = constraint.linearised(x0)
-    if sigma_y > 0:
+    if discrepancy and sigma_y > 0:
         excess = 1 - sigma_y / constraint.rms(r).clamp_min(1e-30)
         r = r * excess.clamp_min(0).view(-1, *[1] * (r.ndim - 1)).to(r)
 
