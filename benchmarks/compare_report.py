@@ -127,10 +127,7 @@ def ranking(rows, path, budget="44", reference="220"):
             label.set(color=colour[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
         values = [float(r[measure]) for r in found]
         if max(values) > 10 * min(values) > 0:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            _log_axis(ax)
         ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)
         ax.set_title(TASKS[task], fontsize=11, fontweight="bold")
         ax.tick_params(axis="y", length=0)
@@ -196,10 +193,7 @@ def _curve(ax, rows, measure, family, method):
 
 
 def _decorate(ax, measure, task, lowest):
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    _log_axis(ax)
     if measure == "residual":
         ax.set_yscale("log")
         ax.set_ylim(bottom=7e-5)
@@ -213,3 +207,10 @@ def _decorate(ax, measure, task, lowest):
         ax.set_ylabel(TASKS[task], fontsize=12, fontweight="bold")
     if lowest:
         ax.set_xlabel("seconds per image", fontsize=10)
+
+
+def _log_axis(ax):
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
