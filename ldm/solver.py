@@ -68,7 +68,8 @@ def fast_sampler(
     strength=None,          # of the correction's push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
     late=0.3,               # J is left out where sigma_t / alpha_t is below this, and in the last step
     sigma_y=0.0,            # standard deviation of the measurement's noise
-    eta=0.5,                # 0: DDIM, 1: ancestral noise
+    eta=0.5,                # 0: DDIM, 1: ancestral noise, where J is used
+    fresh=0.85,             # part of x_s's noise that is drawn anew where J is left out
     refit=False,            # the step from x0 + strength * d instead: eps is fitted to the moved x0
     grid="log",             # levels: see `log_levels`, or "uniform" as the schedule has them
     trust=1.0,              # largest |d|_inf of a step, where the constraint is not linear
@@ -82,16 +83,24 @@ def fast_sampler(
         x0 = D(x_t, t);  d by (*) from `vectors` products with J
         x_s = DDIM step from (x_t, x0) + strength alpha_s d;  x0 <- x0 + d
 
-    1 + vectors evaluations of D at each step; where J is left out, V = (sigma_t / alpha_t)^2 I, strength is 1, and the evaluation
-    of x0 is the only one. So it is in the last step, which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With
-    noise, (*) weighs it where J is used. Where J is left out, V would copy the noise into the picture: there no correction goes
-    below the noise level (discrepancy principle); a sample whose residual's RMS is sigma_y already stays as it is.
+    1 + vectors evaluations of D at each step. Where J is left out, V = v I, and the evaluation of x0 is the only one. Most of the
+    noise is drawn anew then (fresh = 0.85, as DDRM and DDNM have it), so that D mends what the corrections left:
+
+        x_s = alpha_s (x0 + d) + sigma_s (sqrt(1 - fresh^2) eps + fresh n),   eps = (x_t - alpha_t D(x_t, t)) / sigma_t
+
+    So it is in the last step (sigma_s = 0), which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With measurement
+    noise, that of d counts as a part of x_s's own, so that D removes both: v = (sigma_s / alpha_s)^2, and
+
+        d = K (y - A (x0 + sqrt(v) n')),   K = V A^T (sigma_y^2 I + A V A^T)^-1,   n' normal, correlation with n 1 / (2 fresh)
+
+    Where A has the singular value s, with w = v s^2 / (v s^2 + sigma_y^2), the variances add up to v: v (1 - w + w^2) from eps, n
+    and n', v (w - w^2) from y. x0 stays D's estimate, in the last step too.
 
     strength: D answers a move alpha d of x_t by alpha J d only, which at high noise is far less than the d that was asked for, so
     that a stronger push pays. Above 3 to 4 it overshoots where J has large eigenvalues, and diverges on the shipped models. In the
-    limit of many steps the default is posterior sampling with a guidance of about 9. refit=True, strength=1, grid="uniform" is
-    exact for a Gaussian, and was worse on digits with few steps; the bias of the default on a Gaussian is in tests/test_solver.py
-    (benchmarks/compare_ablation.py: each idea on and off).
+    limit of many steps the default is posterior sampling with a guidance of about 9. refit=True, strength=1, late=0,
+    grid="uniform" is exact for a Gaussian, and was worse on digits with few steps; the bias of the default on a Gaussian is in
+    tests/test_solver.py (benchmarks/compare_ablation.py: each idea on and off).
 
     constraint: one with `linearised` (LinearConstraint, DecodedConstraint) is solved by (*) with its A, or the derivative of A Dec
     at x0. Any other callable x0 -> (e, residual) is linearised along w = V e by one more call of it,
@@ -109,44 +118,61 @@ def fast_sampler(
     for name, value in {"h": h, "trust": trust, "strength": strength}.items():
         if not value > 0:
             raise ValueError(f"{name} = {value}: give a positive number")
+    least = 0.5 if sigma_y > 0 else 0
+    if not least <= fresh <= 1:
+        raise ValueError(f"fresh = {fresh}: give a number from {least} to 1")
     check_eta_and_mode(eta, mode)
     if sigma_y > 0 and not hasattr(constraint, "linearised"):
         raise ValueError(f"sigma_y = {sigma_y}: this constraint has no A to weigh the noise with, give 0")
     noise, D = seeded_noise(shape, seeds, device, dtype), _Counted(D)
 
-    def correction(x_t, x0, now, with_J):
-        alpha = max(now.alpha, 1e-3)  # a flow starts at 0
-        gamma = now.sigma**2 / alpha
-        V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, h, mode) if with_J else gamma / alpha * v  # noqa: E731
-        if hasattr(constraint, "linearised"):
-            exact = hasattr(constraint, "A")
-            count = vectors if with_J else INNER if exact else 1  # a decoder costs more than it gains from a second
-            d = linear_correction(constraint, x0, V, count, sigma_y, discrepancy=not with_J)
-            return d if exact else shortened(d, trust)
-        return shortened(general_correction(constraint, x0, V, vectors if with_J else 1), trust)
+    inner = INNER if hasattr(constraint, "A") else 1  # through a decoder a second vector costs more than it gains
 
-    return _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, correction)
+    def correction(x0, V, count, shift=0.0):
+        if hasattr(constraint, "linearised"):
+            d = linear_correction(constraint, x0, V, count, sigma_y, shift)
+            return d if hasattr(constraint, "A") else shortened(d, trust)
+        return shortened(general_correction(constraint, x0, V, count), trust)
+
+    def with_J(x_t, x0, now, to):
+        gamma = now.sigma**2 / max(now.alpha, 1e-3)  # a flow starts at alpha = 0
+        d = correction(x0, lambda v: gamma * jvp(D, x_t, now.t, v, x0, h, mode), vectors)
+        if refit:
+            return D.schedule.step(x_t, x0 + strength * d, now, to, eta, noise), x0 + d
+        return D.schedule.step(x_t, x0, now, to, eta, noise) + to.alpha * strength * d, x0 + d
+
+    def without_J(x_t, x0, now, to):
+        eps, std = (x_t - now.alpha * x0) / now.sigma, to.sigma / to.alpha
+        if sigma_y == 0:
+            x0 = correct = x0 + correction(x0, lambda v: v, inner)  # V's factor is of no account
+        if to.sigma == 0:
+            return x0, x0
+        n = noise()
+        if sigma_y > 0:
+            c = 0.5 / fresh
+            shift = std * (c * n + (1 - c**2) ** 0.5 * noise())
+            correct = x0 + correction(x0, lambda v: std**2 * v, inner, shift)
+        return to.alpha * correct + to.sigma * ((1 - fresh**2) ** 0.5 * eps + fresh * n), x0
+
+    def step(x_t, x0, now, to):
+        """x_s and the corrected x0."""
+        if constraint is None:
+            return D.schedule.step(x_t, x0, now, to, eta, noise), x0
+        return (with_J if _with_J(now, to, late) else without_J)(x_t, x0, now, to)
+
+    return _fast_sampler(D, constraint, noise, levels, step)
 
 
 @torch.inference_mode()
-def _fast_sampler(D, constraint, noise, levels, strength, late, eta, refit, correction):
+def _fast_sampler(D, constraint, noise, levels, step):
     x_t, finite = noise(), True
     for i, (now, to) in enumerate(pairwise(levels)):
-        x0, d, residual = D(x_t, now.t), 0.0, None
-        with_J = _with_J(now, to, late)
-        if constraint is not None:
-            d = correction(x_t, x0, now, with_J)
-            residual = residual_of(constraint, x0 + d)
-        push = strength * d if with_J else d
-        if refit:
-            x_t = D.schedule.step(x_t, x0 + push, now, to, eta, noise)
-        else:
-            x_t = D.schedule.step(x_t, x0, now, to, eta, noise) + to.alpha * push
-        x0 = x0 + d
+        x0 = D(x_t, now.t)
+        x_t, x0 = step(x_t, x0, now, to)
         finite = finite & torch.isfinite(x0).all()
         if to.sigma == 0 and not finite:
             raise FloatingPointError("x0 is not finite: lower strength, raise h, or run the network in float32")
-        yield State(i + 1, now.t, x_t, x0, residual, D.calls)
+        yield State(i + 1, now.t, x_t, x0, None if constraint is None else residual_of(constraint, x0), D.calls)
 
 
 def residual_of(constraint, x0):
@@ -176,12 +202,10 @@ def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
     return 2 + bisect(range(3, 201), evaluations, key=cost)
 
 
-def linear_correction(constraint, x0, V, vectors, sigma_y, discrepancy=False):
-    """d of (*), A linearised at x0; V a function v -> V v. discrepancy: r counts only as far as its RMS is above sigma_y."""
+def linear_correction(constraint, x0, V, vectors, sigma_y, shift=0.0):
+    """d of (*), A linearised at x0; V a function v -> V v. shift: r is that of x0 + shift, if not a number."""
     A, r = constraint.linearised(x0)
-    if discrepancy and sigma_y > 0:
-        excess = 1 - sigma_y / constraint.rms(r).clamp_min(1e-30)
-        r = r * excess.clamp_min(0).view(-1, *[1] * (r.ndim - 1)).to(r)
+    r = r - A(shift) if torch.is_tensor(shift) else r
 
     def product(u):
         w = V(A.adjoint(u))
