@@ -1,6 +1,6 @@
 """What each idea of `fast_sampler` is worth: one at a time off or changed, all at no more than --budget network evaluations.
 
-    python benchmarks/compare_ablation.py [--images 64] [--budget 44] [--tasks half hole sr4] [--variants ...]
+    python benchmarks/compare_ablation.py [--images 64] [--budget 44] [--tasks half hole sr4 blur] [--variants ...]
 
 On mnist, with the pictures, seeds and measures of compare.py. Appends to --out/compare_ablation.csv, skips rows that are there, and
 writes compare_ablation.md: means, with half the width of the 95 % bootstrap interval.
@@ -30,6 +30,8 @@ VARIANTS = {
     "three vectors, fewer steps, strength 1": dict(vectors=3, strength=1.0),
     "DDIM, eta = 0": dict(eta=0.0),
     "ancestral noise, eta = 1": dict(eta=1.0),
+    "without J half of the noise fresh": dict(fresh=0.5),
+    "without J all of the noise fresh": dict(fresh=1.0),
     "h = 0.1": dict(h=0.1),
 }
 SHOWN = ["residual", "lpips", "psnr", "accuracy", "kid"]
@@ -47,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--budget", type=int, default=44)
-    parser.add_argument("--tasks", nargs="+", default=["half", "hole", "sr4"], choices=tasks.TASKS)
+    parser.add_argument("--tasks", nargs="+", default=["half", "hole", "sr4", "blur"], choices=tasks.TASKS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="auto")

@@ -59,7 +59,9 @@ def latent_inpainting(model, image, mask, whole=False):
     is known where all of its pixels are. The encoder sees the hole filled with the smooth continuation of what is around
     it, since anything else bleeds into the known latents; whole=True: the picture as it is, where that is known.
     """
-    mask = check_mask(mask.to(check_image(image)))
+    mask = mask.to(check_image(image))
+    Mask(mask)(image)  # its errors of size and values come before those of what the mask shows
+    check_mask(mask)
     with torch.inference_mode(False), torch.no_grad():
         z = model.encode(image if whole else harmonic_fill(image, mask))
     A = Mask(latent_mask(mask, image.shape[3] // z.shape[3]))

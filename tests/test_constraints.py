@@ -137,6 +137,8 @@ def test_latent_inpainting_hides_the_hole_from_the_encoder(codec):
     assert not torch.equal(filled, greyed) and true.shape == filled.shape
     with pytest.raises(ValueError, match="no hole"):
         latent_inpainting(codec, image, torch.ones_like(mask))
+    with pytest.raises(ValueError, match="give the same height"):
+        latent_inpainting(codec, image, torch.ones(1, 1, 16, 16))
     with pytest.raises(ValueError, match="image has values from"):
         latent_inpainting(codec, image * 3, mask)
 
