@@ -197,6 +197,12 @@ def _decorate(ax, measure, task, lowest):
     if measure == "residual":
         ax.set_yscale("log")
         ax.set_ylim(bottom=7e-5)
+    values = [v for line in ax.lines for v in line.get_ydata()]
+    if measure == "lpips" and max(values) > 10 * min(values) > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     if measure == "kid" and ax.get_ylim()[1] > 50:  # some methods are far from the others
         ax.set_yscale("symlog", linthresh=10)
         ax.yaxis.set_major_formatter("{x:g}")
