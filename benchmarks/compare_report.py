@@ -196,8 +196,9 @@ def _decorate(ax, measure, task, lowest):
     _log_axis(ax)
     if measure == "residual":
         ax.set_yscale("log")
-        ax.set_ylim(bottom=7e-5)
     values = [v for line in ax.lines for v in line.get_ydata()]
+    if measure == "residual" and min(values) < 1e-3:
+        ax.set_ylim(bottom=7e-5)
     if measure == "lpips" and max(values) > 10 * min(values) > 0:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
