@@ -127,7 +127,7 @@ def ranking(rows, path, budget="44", reference="220"):
             label.set(color=colour[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
         values = [float(r[measure]) for r in found]
         if max(values) > 10 * min(values) > 0:
-            _log_axis(ax)
+            _log_axis(ax.xaxis)
         ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)
         ax.set_title(TASKS[task], fontsize=11, fontweight="bold")
         ax.tick_params(axis="y", length=0)
@@ -193,17 +193,12 @@ def _curve(ax, rows, measure, family, method):
 
 
 def _decorate(ax, measure, task, lowest):
-    _log_axis(ax)
-    if measure == "residual":
-        ax.set_yscale("log")
+    _log_axis(ax.xaxis)
     values = [v for line in ax.lines for v in line.get_ydata()]
+    if measure in ("residual", "lpips") and max(values) > 10 * min(values) > 0:
+        _log_axis(ax.yaxis, subs=(1, 2, 5) if min(values) > 1e-3 else (1,))
     if measure == "residual" and min(values) < 1e-3:
         ax.set_ylim(bottom=7e-5)
-    if measure == "lpips" and max(values) > 10 * min(values) > 0:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
     if measure == "kid" and ax.get_ylim()[1] > 50:  # some methods are far from the others
         ax.set_yscale("symlog", linthresh=10)
         ax.yaxis.set_major_formatter("{x:g}")
@@ -216,8 +211,8 @@ def _decorate(ax, measure, task, lowest):
         ax.set_xlabel("seconds per image", fontsize=10)
 
 
-def _log_axis(ax):
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+def _log_axis(axis, subs=(1, 2, 5)):
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
