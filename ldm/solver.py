@@ -84,12 +84,13 @@ def fast_sampler(
         x_s = DDIM step from (x_t, x0) + strength alpha_s d;  x0 <- x0 + d
 
     1 + vectors evaluations of D at each step. Where J is left out, V = v I, and the evaluation of x0 is the only one. Most of the
-    noise is drawn anew then (fresh = 0.85, as DDRM and DDNM have it), so that D mends what the corrections left:
+    noise is drawn anew then (fresh = 0.85, as in DDRM, Kawar et al., NeurIPS 2022), so that D mends what the corrections left:
 
         x_s = alpha_s (x0 + d) + sigma_s (sqrt(1 - fresh^2) eps + fresh n),   eps = (x_t - alpha_t D(x_t, t)) / sigma_t
 
     So it is in the last step (sigma_s = 0), which meets a mask's or down-sampling's y to rounding if sigma_y = 0. With measurement
-    noise, that of d counts as a part of x_s's own, so that D removes both: v = (sigma_s / alpha_s)^2, and
+    noise, that of d counts as a part of x_s's own, so that D removes both (DDRM's idea, without singular values):
+    v = (sigma_s / alpha_s)^2, and
 
         d = K (y - A (x0 + sqrt(v) n')),   K = V A^T (sigma_y^2 I + A V A^T)^-1,   n' normal, correlation with n 1 / (2 fresh)
 
