@@ -30,8 +30,8 @@ VARIANTS = {
     "three vectors, fewer steps, strength 1": dict(vectors=3, strength=1.0),
     "DDIM, eta = 0": dict(eta=0.0),
     "ancestral noise, eta = 1": dict(eta=1.0),
-    "without J half of the noise fresh": dict(fresh=0.5),
-    "without J all of the noise fresh": dict(fresh=1.0),
+    "fresh = 0.5 where J is left out": dict(fresh=0.5),
+    "fresh = 1 where J is left out": dict(fresh=1.0),
     "h = 0.1": dict(h=0.1),
 }
 SHOWN = ["residual", "lpips", "psnr", "accuracy", "kid"]

@@ -129,7 +129,7 @@ def fast_sampler(
 
     inner = INNER if hasattr(constraint, "A") else 1  # through a decoder a second vector costs more than it gains
 
-    def correction(x0, V, count, shift=0.0):
+    def correction(x0, V, count, shift=None):
         if hasattr(constraint, "linearised"):
             d = linear_correction(constraint, x0, V, count, sigma_y, shift)
             return d if hasattr(constraint, "A") else shortened(d, trust)
@@ -203,10 +203,10 @@ def steps_for(evaluations, schedule, vectors=1, late=0.3, grid="log"):
     return 2 + bisect(range(3, 201), evaluations, key=cost)
 
 
-def linear_correction(constraint, x0, V, vectors, sigma_y, shift=0.0):
-    """d of (*), A linearised at x0; V a function v -> V v. shift: r is that of x0 + shift, if not a number."""
+def linear_correction(constraint, x0, V, vectors, sigma_y, shift=None):
+    """d of (*), A linearised at x0; V a function v -> V v. With shift, r is that of x0 + shift."""
     A, r = constraint.linearised(x0)
-    r = r - A(shift) if torch.is_tensor(shift) else r
+    r = r if shift is None else r - A(shift)
 
     def product(u):
         w = V(A.adjoint(u))

@@ -144,18 +144,19 @@ def test_consistent_measurements_are_met(gaussian, name):
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("fresh", [0.5, 0.85, 1.0])
 def test_without_J_x_s_has_the_noise_of_its_level(schedule, name, fresh):
-    """A D that knows the picture: x_s - alpha_s x_0 has the variance sigma_s^2 in every direction, y's noise included, to 10 % over
-    4,000 samples. (A blur to 30 %: at this high level ten vectors do not resolve the directions that it weakens most.)"""
-    A, n, sigma_y = OPERATORS[name], 4000, 0.3
+    """A D that knows the picture: x_s - alpha_s x_0 has the variance sigma_s^2 in every direction, to 10 % over 4,000 samples. y is
+    as noisy as x_s: unaccounted for, the noise taken from it would add a quarter where A neither weakens nor hides."""
+    A, n = OPERATORS[name], 4000
+    _, to = log_levels(schedule, 5)[:2]
+    sigma_y = to.sigma / to.alpha
     image = seeded_noise((1, 1, 8, 8), [0])()
     D = lambda x_t, t: image.expand_as(x_t)  # noqa: E731
     D.schedule = schedule
     y = measure(A, image.expand(n, -1, -1, -1), sigma_y, range(10_000, 10_000 + n))
     states = fast_sampler(D, LinearConstraint(A, y), (n, 1, 8, 8), range(n), steps=5, late=1e6, sigma_y=sigma_y, fresh=fresh)
-    _, to = log_levels(schedule, 5)[:2]
     noise = (next(states).x_t - to.alpha * image).flatten(1) / to.sigma
     along = torch.linalg.svd(matrix(A).float())[2]  # singular vectors, measured ones first
-    assert (((noise @ along.T).var(0) - 1).abs() < (0.3 if name == "blur" else 0.1)).all()
+    assert (((noise @ along.T).var(0) - 1).abs() < 0.1).all()
 
 
 def test_noise_is_not_fitted(gaussian):
