@@ -38,7 +38,7 @@ lab: $(READY)
 	@$(BIN)/jupyter lab
 
 lint: $(READY)
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 train-mnist: $(READY)
 	@$(BIN)/python -m ldm.train --config configs/mnist/classifier.yaml

@@ -97,8 +97,10 @@ def figure(args, device):
         D = LatentDenoiser(model, args.prompt, guidance=3.0).tile(16, overlap, batch=7)
         return model.decode(sample(D, None, (1, 4, 64, 64), [0], device=device).x_t)
 
-    print(f'"{args.prompt}", step at the borders of windows over that elsewhere: {seam(sampled(0.0), (64, 128, 192)):.2f} without '
-          f"overlap, {seam(sampled(0.5), range(32, 256, 32)):.2f} with half a window's")
+    print(
+        f'"{args.prompt}", step at the borders of windows over that elsewhere: {seam(sampled(0.0), (64, 128, 192)):.2f} without '
+        f"overlap, {seam(sampled(0.5), range(32, 256, 32)):.2f} with half a window's"
+    )
     panels = {"known": picture * mask, "all at once": restored(None), "windows of 64, overlap 32": restored(16)}
     axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")[1]
     for axis, (title, image) in zip(axes, panels.items(), strict=True):

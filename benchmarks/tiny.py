@@ -85,8 +85,12 @@ def retrieval(judge, images, names):
     """Shares of pictures whose own name is among the first 1, 10 and 5 % of all the names."""
     candidates = list(dict.fromkeys(names))
     ranks = judge.ranks(judge.features(images), names, candidates)
-    return {"names": len(candidates), "top_1": share(ranks < 1), "top_10": share(ranks < 10),
-            "top_5_percent": share(ranks < 0.05 * len(candidates))}
+    return {
+        "names": len(candidates),
+        "top_1": share(ranks < 1),
+        "top_10": share(ranks < 10),
+        "top_5_percent": share(ranks < 0.05 * len(candidates)),
+    }
 
 
 def generate(model, captions, steps, guidance, device, batch=64):

@@ -129,12 +129,15 @@ def locate(source, config):
             run = "_".join(Path(shipped_config).with_suffix("").parts[-2:])
             raise FileNotFoundError(
                 f"the weights of {str(source)!r} are not at {path}: take them from the repository, or run `python -m "
-                f"ldm.train --config {shipped_config}` and copy runs/{run}/weights.safetensors there")
+                f"ldm.train --config {shipped_config}` and copy runs/{run}/weights.safetensors there"
+            )
         return path, ROOT / shipped_config if config is None else config
     path = Path(source).expanduser()
     if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a .ckpt "
-                         "or .safetensors file or of a diffusers pipeline's folder (with model_index.json)")
+        raise ValueError(
+            f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a .ckpt "
+            "or .safetensors file or of a diffusers pipeline's folder (with model_index.json)"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     return path, config
@@ -154,19 +157,25 @@ def infer_config(path, stored, prediction):
     first = stored.get("model.diffusion_model.input_blocks.0.0.weight")
     to_k = stored.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     if first is None or to_k is None:
-        raise ValueError(f"{path} holds no text-conditioned U-Net under model.diffusion_model (its tensors: "
-                         f"{some(stored)}): give its config")
+        raise ValueError(
+            f"{path} holds no text-conditioned U-Net under model.diffusion_model (its tensors: {some(stored)}): give its config"
+        )
     if (channels := first.meta.shape[1]) != 4:
         kind = OTHER_KINDS.get(channels, "another")
-        raise ValueError(f"{path} is {kind} model, its U-Net takes {channels} channels: give the text-to-picture model "
-                         "(4 channels), constraints need no model of their own")
+        raise ValueError(
+            f"{path} is {kind} model, its U-Net takes {channels} channels: give the text-to-picture model "
+            "(4 channels), constraints need no model of their own"
+        )
     width = to_k.meta.shape[1]
     if width not in (768, 1024):
-        raise ValueError(f"{path} is neither Stable Diffusion v1 nor v2: its U-Net takes text of width {width}, not "
-                         "768 or 1024; give its config")
+        raise ValueError(
+            f"{path} is neither Stable Diffusion v1 nor v2: its U-Net takes text of width {width}, not 768 or 1024; give its config"
+        )
     if width == 1024 and prediction is None:
-        raise ValueError(f"{path} is Stable Diffusion v2, and its tensors do not tell what it predicts: give "
-                         'prediction="v" (the 768 models) or prediction="eps" (the 512 base models)')
+        raise ValueError(
+            f"{path} is Stable Diffusion v2, and its tensors do not tell what it predicts: give "
+            'prediction="v" (the 768 models) or prediction="eps" (the 512 base models)'
+        )
     name = "v1-inference" if width == 768 else "v2-inference-v" if prediction == "v" else "v2-inference"
     return ROOT / f"configs/stable-diffusion/{name}.yaml"
 
@@ -191,8 +200,9 @@ def match(path, stored, expected):
     lists = {"missing tensors": missing, "unexpected tensors": unexpected, "tensors of another shape": misshaped}
     if problems := [f"\n  {kind} ({len(v)}): {some(v)}" for kind, v in lists.items() if v]:
         unet = any(k.startswith("model") for k in missing + unexpected + misshaped)
-        raise ValueError(f"{path} does not fit the config{', its U-Net is of another architecture' if unet else ''}:"
-                         + "".join(problems))
+        raise ValueError(
+            f"{path} does not fit the config{', its U-Net is of another architecture' if unet else ''}:" + "".join(problems)
+        )
     check_schedule(path, stored, expected)
     return names
 
@@ -202,8 +212,10 @@ def check_schedule(path, stored, expected):
     if "betas" in stored and "betas" in expected:
         found, own = stored["betas"].read().double(), expected["betas"].double()
         if found.shape != own.shape or not torch.allclose(found, own, rtol=1e-2):
-            raise ValueError(f"{path} was trained with another noise schedule ({len(found)} betas, {found[0]:.3g} to "
-                             f"{found[-1]:.3g}) than the config's ({len(own)}, {own[0]:.3g} to {own[-1]:.3g})")
+            raise ValueError(
+                f"{path} was trained with another noise schedule ({len(found)} betas, {found[0]:.3g} to "
+                f"{found[-1]:.3g}) than the config's ({len(own)}, {own[0]:.3g} to {own[-1]:.3g})"
+            )
 
 
 def some(names, most=10):
@@ -265,8 +277,7 @@ def index_safetensors(path):
         metas = {name: torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]], device="meta")
                  for name, entry in header.items()}  # fmt: skip
     except Exception as error:  # of many types
-        raise ValueError(f"{path} is no readable safetensors file: truncated or of another kind ({one_line(error)})"
-                         ) from None
+        raise ValueError(f"{path} is no readable safetensors file: truncated or of another kind ({one_line(error)})") from None
     return {k: Stored(path, 8 + length + header[k]["data_offsets"][0], meta) for k, meta in metas.items()}
 
 
@@ -281,8 +292,10 @@ def index_ckpt(path):
     except Exception as error:
         raise ValueError(f"{path} is no readable checkpoint ({one_line(error)})") from None
     if alarming:
-        raise ValueError(f"{path} is refused, nothing of it was run: it asks for {some(alarming)}, which can execute "
-                         "code and which no weights need")
+        raise ValueError(
+            f"{path} is refused, nothing of it was run: it asks for {some(alarming)}, which can execute "
+            "code and which no weights need"
+        )
     try:
         with torch.serialization.safe_globals([(stub(name), name) for name in unknown]):
             content = torch.load(path, map_location="meta", weights_only=True)

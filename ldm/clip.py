@@ -54,11 +54,13 @@ def load_clip_vision(source="tiny-clip", block=2, device="auto"):
             raise FileNotFoundError(
                 "the weights of CLIP ViT-B/16 (openai) are not in open_clip's cache. With a network connection, `python -c "
                 "\"import open_clip; open_clip.create_model('ViT-B-16', 'openai')\"` puts them there (600 MB); or give the path of "
-                f"{OPENAI_HUB[1]} of huggingface.co/{OPENAI_HUB[0]}")
+                f"{OPENAI_HUB[1]} of huggingface.co/{OPENAI_HUB[0]}"
+            )
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f'clip = {str(source)!r}: there is no such file; give "tiny-clip", "openai" or the path of '
-                                f"{OPENAI_HUB[1]}")
+        raise FileNotFoundError(
+            f'clip = {str(source)!r}: there is no such file; give "tiny-clip", "openai" or the path of {OPENAI_HUB[1]}'
+        )
     config = open_clip.get_model_config("ViT-B-16")
     with torch.device("meta"):
         clip = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")}, quick_gelu=True)

@@ -157,8 +157,9 @@ class LossConstraint:
             x = x0.clone().requires_grad_()
             values = self.loss(x)
             if values.shape != x0.shape[:1]:
-                raise ValueError(f"loss gives a tensor of shape {list(values.shape)} for {len(x0)} samples: one number for each is "
-                                 "needed")
+                raise ValueError(
+                    f"loss gives a tensor of shape {list(values.shape)} for {len(x0)} samples: one number for each is needed"
+                )
             (gradient,) = torch.autograd.grad(values.sum(), x)
         self.backward_passes += 1
         return -gradient, values.detach()
@@ -180,8 +181,9 @@ def gram_distance(features, decode, reference):
 
     def loss(x0):
         if len(wanted) not in (1, len(x0)):
-            raise ValueError(f"reference has {len(wanted)} pictures, but x0 has {len(x0)} samples: give one for each, or one for "
-                             "all")
+            raise ValueError(
+                f"reference has {len(wanted)} pictures, but x0 has {len(x0)} samples: give one for each, or one for all"
+            )
         return torch.linalg.matrix_norm(gram(features(decode(x0))) - wanted)
 
     return loss

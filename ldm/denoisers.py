@@ -37,8 +37,10 @@ class Denoiser:
 
     def __call__(self, x_t, t):
         _, alpha, sigma = self.schedule.level(t)
-        with memory_advice(f"x_t of shape {list(x_t.shape)} is too much for the memory of {x_t.device}: take fewer samples at "
-                           "once, windows of D.tile(size), or weights of half precision, load_model(..., dtype=torch.bfloat16)"):
+        with memory_advice(
+            f"x_t of shape {list(x_t.shape)} is too much for the memory of {x_t.device}: take fewer samples at "
+            "once, windows of D.tile(size), or weights of half precision, load_model(..., dtype=torch.bfloat16)"
+        ):
             out = self.predict(x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
         return PREDICTIONS[self.prediction][0](out, x_t, alpha, sigma)
 
@@ -125,6 +127,5 @@ class LatentDenoiser(Denoiser):
 
     def _per_sample(self, name, tokens, x_t):
         if len(tokens) not in (1, len(x_t)):
-            raise ValueError(f"{name} has {len(tokens)} entries, but x_t has {len(x_t)} samples: give one for each, or "
-                             "one for all")
+            raise ValueError(f"{name} has {len(tokens)} entries, but x_t has {len(x_t)} samples: give one for each, or one for all")
         return tokens.expand(len(x_t), -1, -1)

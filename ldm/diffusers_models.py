@@ -42,11 +42,15 @@ class Network:
     def __call__(self, x_t, t, context=None):
         model, size = self.model, tuple(x_t.shape[2:])
         if x_t.ndim != 4 or x_t.shape[1] != model.channels or any(n % self.downsampling for n in size):
-            raise ValueError(f"x_t has shape {list(x_t.shape)}, but this pipeline takes [B, {model.channels}, h, w] with h and w "
-                             f"divisible by {self.downsampling}")
+            raise ValueError(
+                f"x_t has shape {list(x_t.shape)}, but this pipeline takes [B, {model.channels}, h, w] with h and w "
+                f"divisible by {self.downsampling}"
+            )
         if model.fixed_size and size != model.latent_size:
-            raise ValueError(f"x_t has the size {list(size)}, but the noise levels of this pipeline, which depend on it, are those "
-                             f"for {list(model.latent_size)}: give from_diffusers the size in pixels")
+            raise ValueError(
+                f"x_t has the size {list(size)}, but the noise levels of this pipeline, which depend on it, are those "
+                f"for {list(model.latent_size)}: give from_diffusers the size in pixels"
+            )
         with ordinary_tensors():
             out = model.predict(x_t.to(model.dtype), t, context if context is None else context.to(model.dtype))
         return -out.to(x_t.dtype) if model.reversed else out.to(x_t.dtype)
@@ -117,21 +121,26 @@ class PipelineModel:
         if type(vae).__name__ != "AutoencoderKL":
             raise ValueError(f"vae is {type(vae).__name__}: only AutoencoderKL is supported")
         if self.channels != vae.config.latent_channels:
-            raise ValueError(f"the network takes {self.channels} channels, but the autoencoder's latents have "
-                             f"{vae.config.latent_channels}: give the plain text-to-picture pipeline")
+            raise ValueError(
+                f"the network takes {self.channels} channels, but the autoencoder's latents have "
+                f"{vae.config.latent_channels}: give the plain text-to-picture pipeline"
+            )
         for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
             if config.get(name) is not None:
                 raise ValueError(f"{name} = {config[name]!r} in the network's config is not supported")
         if config.get("addition_embed_type") != self.addition:
-            raise ValueError(f"addition_embed_type = {config.get('addition_embed_type')!r} in the network's config: "
-                             f"{type(self.pipeline).__name__} is supported with {self.addition!r}")
+            raise ValueError(
+                f"addition_embed_type = {config.get('addition_embed_type')!r} in the network's config: "
+                f"{type(self.pipeline).__name__} is supported with {self.addition!r}"
+            )
 
     def encode(self, images):
         """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f], the posterior's mean, shifted and scaled."""
         f = self.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or any(n == 0 or n % f for n in images.shape[2:]):
-            raise ValueError(f"images have shape {list(images.shape)}, but this pipeline takes [B, 3, H, W] with H and W "
-                             f"divisible by {f}")
+            raise ValueError(
+                f"images have shape {list(images.shape)}, but this pipeline takes [B, 3, H, W] with H and W divisible by {f}"
+            )
         mean, std = self.latent_statistics(images)
         with ordinary_tensors():
             z = self.pipeline.vae.encode(images.to(self.device, self.vae_dtype())).latent_dist.mode()
@@ -182,8 +191,10 @@ class Pixels(PipelineModel):
         if config.num_class_embeds is not None or config.class_embed_type is not None:
             raise ValueError("the UNet2DModel is class-conditional, which is not supported")
         if config.out_channels != config.in_channels:
-            raise ValueError(f"the UNet2DModel predicts {config.out_channels} channels of {config.in_channels}: learned variances "
-                             "are not supported")
+            raise ValueError(
+                f"the UNet2DModel predicts {config.out_channels} channels of {config.in_channels}: learned variances "
+                "are not supported"
+            )
 
     def encode(self, images):
         return images

@@ -87,8 +87,9 @@ def read_scheduler(scheduler, prediction, tokens, uniform):
     name, config = type(scheduler).__name__, scheduler.config
     flow = name == "FlowMatchEulerDiscreteScheduler"
     if not flow and name not in DIFFUSION_SCHEDULERS:
-        raise ValueError(f"scheduler {name} is not supported; known are FlowMatchEulerDiscreteScheduler, "
-                         f"{', '.join(DIFFUSION_SCHEDULERS)}")
+        raise ValueError(
+            f"scheduler {name} is not supported; known are FlowMatchEulerDiscreteScheduler, {', '.join(DIFFUSION_SCHEDULERS)}"
+        )
     if prediction is not None and prediction not in (*PREDICTIONS, REVERSED):
         raise ValueError(f"prediction = {prediction!r}: known are {', '.join(map(repr, (*PREDICTIONS, REVERSED)))}")
     velocity = (prediction or "velocity" if flow else prediction) in ("velocity", REVERSED)
@@ -102,6 +103,8 @@ def read_scheduler(scheduler, prediction, tokens, uniform):
     if velocity:  # a rectified flow made of a diffusion model, whose scheduler is a relic
         return FlowSchedule(scale=config.num_train_timesteps), "velocity", prediction == REVERSED
     if prediction is None and config.prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type = {config.prediction_type!r} in the config of {name} is not supported; known are "
-                         f"{', '.join(map(repr, PREDICTION_TYPES))}")
+        raise ValueError(
+            f"prediction_type = {config.prediction_type!r} in the config of {name} is not supported; known are "
+            f"{', '.join(map(repr, PREDICTION_TYPES))}"
+        )
     return PipelineSchedule(scheduler), prediction or PREDICTION_TYPES[config.prediction_type], False

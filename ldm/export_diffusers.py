@@ -68,6 +68,7 @@ def _unet_name(name, blocks):
 def autoencoder_state(state, levels):
     """AutoencoderKL's state dict by diffusers' names. Attention's 1x1 convolutions become linear layers; the decoder's levels are
     counted from the other end."""
+
     def level(match):
         return f"{match[1]}.{'down' if match[1] == 'encoder' else 'up'}_blocks." + (
             match[3] if match[2] == "down" else str(levels - 1 - int(match[3]))) + "."  # fmt: skip
@@ -169,7 +170,7 @@ def to_scheduler(model, params):
     name = {"linear": "scaled_linear", "sqrt_linear": "linear"}.get(params.get("beta_schedule", "linear"))
     prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[model.parameterization]
     if name is None:
-        raise ValueError(f"beta_schedule = {params['beta_schedule']!r}: diffusers knows \"linear\" and \"sqrt_linear\"")
+        raise ValueError(f'beta_schedule = {params["beta_schedule"]!r}: diffusers knows "linear" and "sqrt_linear"')
     return DDIMScheduler(len(model.schedule), params["linear_start"], params["linear_end"], name, prediction_type=prediction,
                          timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # fmt: skip
 

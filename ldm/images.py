@@ -91,8 +91,9 @@ def save_gif(frames, path, scale=1, seconds=0.12, hold=2.0):
     palette = Image.fromarray(np.concatenate([np.asarray(picture)[::2, ::2] for picture in pictures])).quantize(256)
     first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
-    return _write(path, lambda temporary: first.save(
-        temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True))
+    return _write(
+        path, lambda temporary: first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+    )
 
 
 def _write(path, save):

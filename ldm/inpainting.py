@@ -207,8 +207,10 @@ def _known(brightness, path, size):
     """Of a mask file's brightness [H, W], 0 .. 255, the mask [1, 1, *size]: 1 where it is black, or the size is not its own."""
     mask, (h, w) = (brightness < 128).float()[None, None], size
     if abs(mask.shape[3] / mask.shape[2] - w / h) > 0.01 * w / h:
-        raise ValueError(f"mask = {str(path)!r} has {mask.shape[2]} x {mask.shape[3]} pixels, but the image has {h} x {w}: give "
-                         "one of the same aspect ratio")
+        raise ValueError(
+            f"mask = {str(path)!r} has {mask.shape[2]} x {mask.shape[3]} pixels, but the image has {h} x {w}: give "
+            "one of the same aspect ratio"
+        )
     if mask.shape[2:] == (h, w):
         return mask
     return (resize(mask, [h, w], InterpolationMode.BILINEAR, antialias=True) > 0.999).float()

@@ -111,8 +111,10 @@ def alexnet_features(images, batch=64):
 def _lpips(device):
     path = lpips_weights()
     if path is None:
-        raise FileNotFoundError("LPIPS needs AlexNet's weights, data/lpips/alexnet.safetensors: `python -m ldm.data.alexnet` "
-                                "(make data-lpips) fetches them, 64 MB")
+        raise FileNotFoundError(
+            "LPIPS needs AlexNet's weights, data/lpips/alexnet.safetensors: `python -m ldm.data.alexnet` "
+            "(make data-lpips) fetches them, 64 MB"
+        )
     with warnings.catch_warnings():  # of torchvision, about how lpips calls it
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # its calibrated weights come with the package

@@ -67,8 +67,9 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         elif network == "FluxTransformer2DModel":
             cls, names = FluxPipeline, [*names, "transformer", "text_encoder_2", "tokenizer_2"]
         else:
-            raise ValueError(f"the network is {network}; known are UNet2DConditionModel, SD3Transformer2DModel and "
-                             "FluxTransformer2DModel")
+            raise ValueError(
+                f"the network is {network}; known are UNet2DConditionModel, SD3Transformer2DModel and FluxTransformer2DModel"
+            )
         return cls(**{name: getattr(self, name) for name in names}, **options)
 
     @property

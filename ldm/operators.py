@@ -59,8 +59,10 @@ class Mask(Operator):
         except RuntimeError:
             fits = False
         if not fits:
-            raise ValueError(f"mask has shape {list(mask.shape)}, but the image has {list(x.shape)}: give the same height and "
-                             "width, and one mask per image or one for all")
+            raise ValueError(
+                f"mask has shape {list(mask.shape)}, but the image has {list(x.shape)}: give the same height and "
+                "width, and one mask per image or one for all"
+            )
         return mask * x
 
     adjoint = measured = pseudo_inverse = __call__
@@ -83,8 +85,10 @@ class Separable(Operator):
 
     def __call__(self, x):
         if x.shape[2:] != (self.rows.shape[1], self.columns.shape[1]):
-            raise ValueError(f"the picture has size {list(x.shape[2:])}, but this operator was made for "
-                             f"{[self.rows.shape[1], self.columns.shape[1]]}")
+            raise ValueError(
+                f"the picture has size {list(x.shape[2:])}, but this operator was made for "
+                f"{[self.rows.shape[1], self.columns.shape[1]]}"
+            )
         rows, columns, *_ = self._matrices(x)
         return rows @ x @ columns.T
 
@@ -150,8 +154,10 @@ def measure(A, x, sigma_y=0.0, seeds=None):
 
 def _divide(n, factor, name):
     if not factor >= 1 or abs(n / factor - round(n / factor)) > 1e-9 or round(n / factor) < 1:
-        raise ValueError(f"{name} = {factor} does not divide the picture's side of {n} pixels into a whole number: "
-                         f"give a number >= 1 that does, or crop the picture")
+        raise ValueError(
+            f"{name} = {factor} does not divide the picture's side of {n} pixels into a whole number: "
+            f"give a number >= 1 that does, or crop the picture"
+        )
     return round(n / factor)
 
 

@@ -58,8 +58,9 @@ def resolve_device(device="auto"):
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f'device = {str(device)!r} is not available here ({reason}): give "auto", "cpu", "cuda" or "mps"'
-                         ) from None
+        raise ValueError(
+            f'device = {str(device)!r} is not available here ({reason}): give "auto", "cpu", "cuda" or "mps"'
+        ) from None
     return resolved
 
 

@@ -205,7 +205,7 @@ def test_missing_clip_weights_say_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.clip.try_to_load_from_cache", lambda *args: None)
     with pytest.raises(FileNotFoundError, match="not in open_clip's cache.*puts them there"):
         load_clip_vision("openai")
-    with pytest.raises(FileNotFoundError, match="nowhere.safetensors': there is no such file; give \"tiny-clip\""):
+    with pytest.raises(FileNotFoundError, match='nowhere.safetensors\': there is no such file; give "tiny-clip"'):
         load_clip_vision(tmp_path / "nowhere.safetensors")
 
 

@@ -36,7 +36,21 @@ def odd_strings():
         \\ \\\\ /|'|''|'s 't 're|S'S T'T|\x01\x7f control|𝔉𝔯𝔞𝔨𝔱𝔲𝔯 𝒮𝒸𝓇𝒾𝓅𝓉|Ǆ ǅ ǆ|ß ẞ SS|Å Å Ω Ω|null None nan|C++ C# F#|:-) ;) <3 ^_^|I ❤️ NY|100°C 5′10″
     """
     strings = [s.strip("\n") for line in strings.strip().splitlines() for s in line.strip().split("|")]
-    strings += ["", " ", "     ", "\n", "\t \n", "word " * 300, "1 " * 300, "🐱" * 100, "x" * 400, "a" * 75, "a " * 74, "a " * 75, "a " * 76]
+    strings += [
+        "",
+        " ",
+        "     ",
+        "\n",
+        "\t \n",
+        "word " * 300,
+        "1 " * 300,
+        "🐱" * 100,
+        "x" * 400,
+        "a" * 75,
+        "a " * 74,
+        "a " * 75,
+        "a " * 76,
+    ]
     rng = random.Random(0)
     alphabet = "abcXYZ 019 .,'-!é ü ñ ж 中 😀 \t" + "".join(map(chr, range(0x20, 0x180)))
     strings += ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(150)]

@@ -219,11 +219,11 @@ def test_guidance_of_a_v_model():
 def test_guidance_equals_diffusers(model):
     """Their U-Net from the published names by their converter, their DDIM scheduler, the guidance of their pipeline."""
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64, 128, 128), cross_attention_dim=WIDTH, attention_head_dim=8, layers_per_block=2)
+        block_out_channels=(32, 64, 128, 128), cross_attention_dim=WIDTH, attention_head_dim=8, layers_per_block=2
+    )
     state = convert_ldm_unet_checkpoint(model.state_dict(), unet.config)
     unet.load_state_dict(state)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     scheduler.set_timesteps(20)
     negatives = ["blurry", ""]
     context = torch.cat([model.encode_prompts(negatives), model.encode_prompts(PROMPTS)])

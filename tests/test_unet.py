@@ -80,7 +80,8 @@ CROSS = dict(in_channels=4, out_channels=4, norm_num_groups=32, cross_attention_
 def test_cross_attention_as_in_sd_v1(blocks):
     ours = UNetModel(16, 4, 32, 4, blocks, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True, context_dim=24)
     theirs = diffusers.UNet2DConditionModel(
-        **CROSS, block_out_channels=(32, 64), layers_per_block=blocks, attention_head_dim=4)  # their name for the number of heads
+        **CROSS, block_out_channels=(32, 64), layers_per_block=blocks, attention_head_dim=4
+    )  # their name for the number of heads
     check(ours, theirs, blocks=blocks, context=torch.randn(2, 7, 24))
 
 
@@ -98,7 +99,8 @@ def test_class_labels_beside_cross_attention():
     ours = UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True, context_dim=24,
                      num_classes=10)  # fmt: skip
     theirs = diffusers.UNet2DConditionModel(
-        **CROSS, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=4, num_class_embeds=10)
+        **CROSS, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=4, num_class_embeds=10
+    )
     y = torch.tensor([3, 9])
     check(ours, theirs, context=torch.randn(2, 7, 24), y=y, class_labels=y)
 
@@ -149,8 +151,9 @@ def test_sd_v1_names_and_shapes():
 
 
 def test_half_precision_weights_take_and_give_float32():
-    unet = randomised(UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
-                                context_dim=24))
+    unet = randomised(
+        UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True, context_dim=24)
+    )
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 977]), torch.randn(2, 7, 24)
     with torch.no_grad():
         expected = unet(x, t, context)

@@ -51,8 +51,11 @@ class CaptionedFolder(Captioned):
             captions = {}
         self.pictures, self.captions = [], []
         for path in tqdm(sorted(p for p in self.folder.iterdir() if p.suffix.lower() in PICTURES), "reading pictures", delay=2):
-            caption = captions.get(path.name) if table.is_file() else (
-                texts[path.stem].read_text(encoding="utf-8").strip() if path.stem in texts else None)
+            caption = (
+                captions.get(path.name)
+                if table.is_file()
+                else (texts[path.stem].read_text(encoding="utf-8").strip() if path.stem in texts else None)
+            )
             if caption is None:
                 where = "captions.csv has no line for it" if table.is_file() else f"there is no {path.stem}.txt"
                 warnings.warn(f"{path} is left out: no caption, {where}", stacklevel=2)
@@ -65,8 +68,10 @@ class CaptionedFolder(Captioned):
             self.pictures.append(picture)
             self.captions.append(caption)
         if len(self.pictures) < 2:
-            raise ValueError(f"data.folder = {folder} has {len(self.pictures)} usable pictures with captions: at least two are "
-                             "needed, as name.png with name.txt, or with a captions.csv of lines `file,caption`")
+            raise ValueError(
+                f"data.folder = {folder} has {len(self.pictures)} usable pictures with captions: at least two are "
+                "needed, as name.png with name.txt, or with a captions.csv of lines `file,caption`"
+            )
         held_out = max(1, len(self.pictures) // 20)
         cut = slice(None, -held_out) if train else slice(-held_out, None)
         self.pictures, self.captions = torch.stack(self.pictures[cut]), self.captions[cut]

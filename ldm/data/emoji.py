@@ -35,8 +35,24 @@ HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 SAMPLE = ROOT / "assets/emoji_held_out.png"  # by `python -m ldm.data.emoji --sample`
-SAMPLE_NAMES = ("face holding back tears", "kissing face with smiling eyes", "cook", "princess", "monkey", "mouse face", "hedgehog",
-                "penguin", "tropical fish", "broccoli", "taco", "popcorn", "house building", "christmas tree", "violin", "volcano")
+SAMPLE_NAMES = (
+    "face holding back tears",
+    "kissing face with smiling eyes",
+    "cook",
+    "princess",
+    "monkey",
+    "mouse face",
+    "hedgehog",
+    "penguin",
+    "tropical fish",
+    "broccoli",
+    "taco",
+    "popcorn",
+    "house building",
+    "christmas tree",
+    "violin",
+    "volcano",
+)
 SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
 
 

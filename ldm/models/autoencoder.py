@@ -21,19 +21,21 @@ class AutoencoderKL(nn.Module):
 
     def __init__(
         self,
-        ddconfig,               # arguments of Encoder and Decoder
-        lossconfig=None,        # of the training; not instantiated
-        embed_dim=None,         # channels of the latent; by default ddconfig's z_channels
+        ddconfig,  # arguments of Encoder and Decoder
+        lossconfig=None,  # of the training; not instantiated
+        embed_dim=None,  # channels of the latent; by default ddconfig's z_channels
         ckpt_path=None,
-        ignore_keys=(),         # with ckpt_path
-        image_key="image",      # this and the rest: upstream's training and logging
+        ignore_keys=(),  # with ckpt_path
+        image_key="image",  # this and the rest: upstream's training and logging
         colorize_nlabels=None,
         monitor=None,
     ):
         super().__init__()
         if ckpt_path is not None:
-            raise ValueError(f"ckpt_path = {ckpt_path!r} in the config is not supported: remove it, and load the "
-                             "weights with ldm.checkpoints.load_model")
+            raise ValueError(
+                f"ckpt_path = {ckpt_path!r} in the config is not supported: remove it, and load the "
+                "weights with ldm.checkpoints.load_model"
+            )
         if not ddconfig.get("double_z", True):
             raise ValueError("double_z = False in ddconfig: AutoencoderKL needs True, a mean and a log-variance")
         z_channels = ddconfig["z_channels"]
@@ -95,15 +97,19 @@ class AutoencoderKL(nn.Module):
     def _in_parts(self, network, x, cell_in, cell_out):
         if self.slicing and len(x) > 1:
             return torch.cat([self._in_parts(network, part, cell_in, cell_out) for part in x.split(1)])
-        with memory_advice(f"a tensor of shape {list(x.shape)} is too much for the autoencoder in the memory of {x.device}: call "
-                           "model.first_stage_model.tile(), with a smaller size if need be, or set its slicing = True"):
+        with memory_advice(
+            f"a tensor of shape {list(x.shape)} is too much for the autoencoder in the memory of {x.device}: call "
+            "model.first_stage_model.tile(), with a smaller size if need be, or set its slicing = True"
+        ):
             if self.tile_size is None:
                 return network(x)
             return tiled(network, x, self.tile_size, self.tile_overlap, cell_in, cell_out)
 
     def _check(self, name, x, channels, multiple):
         if x.ndim != 4 or x.shape[1] != channels or any(n == 0 or n % multiple for n in x.shape[2:]):
-            raise ValueError(f"{name} has shape {list(x.shape)}, but this autoencoder takes [B, {channels}, H, W] with "
-                             f"positive multiples of {multiple} as H and W")
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}, but this autoencoder takes [B, {channels}, H, W] with "
+                f"positive multiples of {multiple} as H and W"
+            )
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}, but this autoencoder takes floating-point numbers")

@@ -45,8 +45,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context=None):  # [B, N, C], [B, M, C_context]
         context = x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))  # [B, heads, N or M, dim_head]
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )  # [B, heads, N or M, dim_head]
         out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, dim_head]
         return self.to_out(out.transpose(1, 2).flatten(2))  # [B, N, C]
 
@@ -73,8 +74,9 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer over the pixels of a feature map, conditioned on a token sequence by cross-attention."""
 
-    def __init__(self, in_channels, n_heads, d_head, depth=1, dropout=0.0, context_dim=None, disable_self_attn=False,
-                 use_linear=False):
+    def __init__(
+        self, in_channels, n_heads, d_head, depth=1, dropout=0.0, context_dim=None, disable_self_attn=False, use_linear=False
+    ):
         super().__init__()
         inner = n_heads * d_head
         context_dims = context_dim if isinstance(context_dim, (list, tuple)) else [context_dim] * depth
@@ -82,8 +84,8 @@ class SpatialTransformer(nn.Module):
         # use_linear: Stable Diffusion v2. v1's weights have the shape of 1x1 convolutions, which are the same.
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, n_heads, d_head, dropout, c, disable_self_attn=disable_self_attn)
-            for c in context_dims)
+            BasicTransformerBlock(inner, n_heads, d_head, dropout, c, disable_self_attn=disable_self_attn) for c in context_dims
+        )
         self.proj_out = nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)

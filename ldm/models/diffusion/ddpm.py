@@ -98,8 +98,10 @@ class LatentDiffusion(DDPM):
     ):  # fmt: skip
         super().__init__(**ddpm)
         if conditioning_key not in (None, "crossattn"):
-            raise ValueError(f'conditioning_key = {conditioning_key!r}: only text by cross-attention ("crossattn") and '
-                             "unconditional models (None) are supported")
+            raise ValueError(
+                f'conditioning_key = {conditioning_key!r}: only text by cross-attention ("crossattn") and '
+                "unconditional models (None) are supported"
+            )
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:

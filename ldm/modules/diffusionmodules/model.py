@@ -67,8 +67,7 @@ class Level(nn.Module):
 
     def __init__(self, in_channels, channels, num_blocks, attention, dropout):
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(channels if i else in_channels, channels, dropout) for i in range(num_blocks))
+        self.block = nn.ModuleList(ResnetBlock(channels if i else in_channels, channels, dropout) for i in range(num_blocks))
         self.attn = nn.ModuleList(attention(channels) for _ in range(num_blocks))
 
     def forward(self, x):  # [B, C, H, W]
@@ -78,10 +77,13 @@ class Level(nn.Module):
 
 
 def middle(channels, attention, dropout):
-    return nn.Sequential(OrderedDict(
-        block_1=ResnetBlock(channels, channels, dropout),
-        attn_1=attention(channels),
-        block_2=ResnetBlock(channels, channels, dropout)))
+    return nn.Sequential(
+        OrderedDict(
+            block_1=ResnetBlock(channels, channels, dropout),
+            attn_1=attention(channels),
+            block_2=ResnetBlock(channels, channels, dropout),
+        )
+    )
 
 
 def attention_by_type(ch, attn_type, use_linear_attn):
@@ -89,8 +91,10 @@ def attention_by_type(ch, attn_type, use_linear_attn):
     if ch % 32:
         raise ValueError(f"ch = {ch}: GroupNorm with 32 groups needs a multiple of 32")
     if use_linear_attn or attn_type not in ("vanilla", "vanilla-xformers", "none"):
-        raise ValueError(f"attn_type = {attn_type!r}, use_linear_attn = {use_linear_attn}: linear attention is not "
-                         'supported, give attn_type "vanilla", "vanilla-xformers" (the same function) or "none"')
+        raise ValueError(
+            f"attn_type = {attn_type!r}, use_linear_attn = {use_linear_attn}: linear attention is not "
+            'supported, give attn_type "vanilla", "vanilla-xformers" (the same function) or "none"'
+        )
     return nn.Identity if attn_type == "none" else AttnBlock
 
 
@@ -103,19 +107,19 @@ class Encoder(nn.Module):
     def __init__(
         self,
         *,
-        ch,                         # width of the first level, a multiple of 32
-        ch_mult=(1, 2, 4, 8),       # width of each level, times ch
-        num_res_blocks,             # per level
-        attn_resolutions,           # sizes of the feature map, at `resolution`, that have attention
+        ch,  # width of the first level, a multiple of 32
+        ch_mult=(1, 2, 4, 8),  # width of each level, times ch
+        num_res_blocks,  # per level
+        attn_resolutions,  # sizes of the feature map, at `resolution`, that have attention
         dropout=0.0,
-        resamp_with_conv=True,      # learned down-sampling
+        resamp_with_conv=True,  # learned down-sampling
         in_channels,
-        resolution,                 # size trained at; it only places attn_resolutions, the network is convolutional
+        resolution,  # size trained at; it only places attn_resolutions, the network is convolutional
         z_channels,
-        double_z=True,              # mean and log-variance
+        double_z=True,  # mean and log-variance
         use_linear_attn=False,
         attn_type="vanilla",
-        **ignored,                  # the decoder's: one ddconfig describes both
+        **ignored,  # the decoder's: one ddconfig describes both
     ):
         super().__init__()
         attention = attention_by_type(ch, attn_type, use_linear_attn)
@@ -151,19 +155,19 @@ class Decoder(nn.Module):
         self,
         *,
         ch,
-        out_ch,                     # channels of the picture
+        out_ch,  # channels of the picture
         ch_mult=(1, 2, 4, 8),
-        num_res_blocks,             # per level; the decoder has one more
+        num_res_blocks,  # per level; the decoder has one more
         attn_resolutions,
         dropout=0.0,
         resamp_with_conv=True,
         resolution,
         z_channels,
-        give_pre_end=False,         # return the features before the last normalisation and convolution
-        tanh_out=False,             # bound the picture to -1 .. 1
+        give_pre_end=False,  # return the features before the last normalisation and convolution
+        tanh_out=False,  # bound the picture to -1 .. 1
         use_linear_attn=False,
         attn_type="vanilla",
-        **ignored,                  # the encoder's: one ddconfig describes both
+        **ignored,  # the encoder's: one ddconfig describes both
     ):
         super().__init__()
         attention = attention_by_type(ch, attn_type, use_linear_attn)

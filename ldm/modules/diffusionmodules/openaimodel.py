@@ -28,21 +28,31 @@ class TimestepEmbedSequential(nn.Sequential):
 class ResBlock(nn.Module):
     """Residual block with time conditioning; up or down: resamples both branches by 2."""
 
-    def __init__(self, channels, emb_channels, dropout, out_channels=None, use_scale_shift_norm=False,
-                 use_checkpoint=False, up=False, down=False):
+    def __init__(
+        self,
+        channels,
+        emb_channels,
+        dropout,
+        out_channels=None,
+        use_scale_shift_norm=False,
+        use_checkpoint=False,
+        up=False,
+        down=False,
+    ):
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         resample = Upsample if up else Downsample
         self.resample = resample(channels, use_conv=False) if up or down else None  # no parameters
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, (2 if use_scale_shift_norm else 1) * out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if use_scale_shift_norm else 1) * out_channels))
         self.out_layers = nn.Sequential(
-            normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):  # [B, C, H, W], [B, C_emb]
@@ -78,46 +88,50 @@ class UNetModel(nn.Module):
 
     def __init__(
         self,
-        image_size,                     # size trained at; kept for the published configs, the network is convolutional
+        image_size,  # size trained at; kept for the published configs, the network is convolutional
         in_channels,
-        model_channels,                 # width of the first level
+        model_channels,  # width of the first level
         out_channels,
-        num_res_blocks,                 # per level: an int or a list
-        attention_resolutions,          # down-sampling factors at which attention acts: (4, 2, 1) for Stable Diffusion
+        num_res_blocks,  # per level: an int or a list
+        attention_resolutions,  # down-sampling factors at which attention acts: (4, 2, 1) for Stable Diffusion
         dropout=0.0,
-        channel_mult=(1, 2, 4, 8),      # width of each level, times model_channels
-        conv_resample=True,             # learned up- and down-sampling
+        channel_mult=(1, 2, 4, 8),  # width of each level, times model_channels
+        conv_resample=True,  # learned up- and down-sampling
         dims=2,
-        num_classes=None,               # an int: learned labels; "continuous": one number; "sequential": a vector
-        use_checkpoint=False,           # recompute activations, in training only
-        use_fp16=False,                 # weights in half precision
+        num_classes=None,  # an int: learned labels; "continuous": one number; "sequential": a vector
+        use_checkpoint=False,  # recompute activations, in training only
+        use_fp16=False,  # weights in half precision
         use_bf16=False,
         num_heads=-1,
-        num_head_channels=-1,           # either this or num_heads
+        num_head_channels=-1,  # either this or num_heads
         num_heads_upsample=-1,
-        use_scale_shift_norm=False,     # time embedding as FiLM instead of a sum
-        resblock_updown=False,          # residual blocks do the resampling
+        use_scale_shift_norm=False,  # time embedding as FiLM instead of a sum
+        resblock_updown=False,  # residual blocks do the resampling
         use_new_attention_order=False,
         use_spatial_transformer=False,  # cross-attention on `context`
         transformer_depth=1,
         context_dim=None,
         n_embed=None,
-        legacy=True,                    # upstream's head-size rule; both values give the same network here
-        disable_self_attentions=None,   # per level
-        num_attention_blocks=None,      # per level: how many of its residual blocks are followed by attention
+        legacy=True,  # upstream's head-size rule; both values give the same network here
+        disable_self_attentions=None,  # per level
+        num_attention_blocks=None,  # per level: how many of its residual blocks are followed by attention
         disable_middle_self_attn=False,
         use_linear_in_transformer=False,
         adm_in_channels=None,
     ):
         super().__init__()
         if dims != 2 or n_embed is not None:
-            raise ValueError(f"dims = {dims}, n_embed = {n_embed}: only two-dimensional U-Nets without codebook ids "
-                             "(dims=2, n_embed=None) are supported")
+            raise ValueError(
+                f"dims = {dims}, n_embed = {n_embed}: only two-dimensional U-Nets without codebook ids "
+                "(dims=2, n_embed=None) are supported"
+            )
         if (num_heads == -1) == (num_head_channels == -1):
             raise ValueError(f"num_heads = {num_heads} and num_head_channels = {num_head_channels}: give exactly one")
         if use_spatial_transformer != (context_dim is not None):
-            raise ValueError(f"context_dim = {context_dim} and use_spatial_transformer = {use_spatial_transformer}: "
-                             "cross-attention needs both, no cross-attention neither")
+            raise ValueError(
+                f"context_dim = {context_dim} and use_spatial_transformer = {use_spatial_transformer}: "
+                "cross-attention needs both, no cross-attention neither"
+            )
         levels = len(channel_mult)
         blocks = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
         if len(blocks) != levels:
@@ -139,8 +153,9 @@ class UNetModel(nn.Module):
         elif num_classes == "continuous":
             self.label_emb = nn.Linear(1, emb_dim)
         elif num_classes == "sequential":
-            self.label_emb = nn.Sequential(nn.Sequential(
-                nn.Linear(adm_in_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)))
+            self.label_emb = nn.Sequential(
+                nn.Sequential(nn.Linear(adm_in_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            )
         elif num_classes is not None:
             raise ValueError(f'num_classes = {num_classes!r}: give an int, "continuous", "sequential" or None')
 
@@ -153,8 +168,9 @@ class UNetModel(nn.Module):
                 raise ValueError(f"num_heads = {heads} does not divide the {ch} channels of a level with attention")
             if not use_spatial_transformer:
                 return AttentionBlock(ch, heads, use_new_attention_order)
-            return SpatialTransformer(ch, heads, ch // heads, transformer_depth, dropout, context_dim, no_self,
-                                      use_linear_in_transformer)
+            return SpatialTransformer(
+                ch, heads, ch // heads, transformer_depth, dropout, context_dim, no_self, use_linear_in_transformer
+            )
 
         ch = int(channel_mult[0] * model_channels)
         skips, ds = [ch], 1
@@ -188,8 +204,7 @@ class UNetModel(nn.Module):
                     ds //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
-        self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(ch, out_channels, 3, padding=1)))
+        self.out = nn.Sequential(normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(ch, out_channels, 3, padding=1)))
         if use_fp16 or use_bf16:
             self.to(torch.float16 if use_fp16 else torch.bfloat16)
 
@@ -213,16 +228,24 @@ class UNetModel(nn.Module):
 
     def _check(self, x, timesteps, context, y):
         if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.downsampling or x.shape[3] % self.downsampling:
-            raise ValueError(f"x has shape {list(x.shape)}, but this U-Net takes [B, {self.in_channels}, H, W] with H and W "
-                             f"divisible by {self.downsampling}")
+            raise ValueError(
+                f"x has shape {list(x.shape)}, but this U-Net takes [B, {self.in_channels}, H, W] with H and W "
+                f"divisible by {self.downsampling}"
+            )
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"timesteps has shape {list(timesteps.shape)}, but x has batch size {x.shape[0]}: give one per sample")
         if (context is None) != (self.context_dim is None):
-            raise ValueError("context is missing: this U-Net is conditioned on tokens" if context is None else
-                             "context was given, but this U-Net has no cross-attention")
+            raise ValueError(
+                "context is missing: this U-Net is conditioned on tokens"
+                if context is None
+                else "context was given, but this U-Net has no cross-attention"
+            )
         if (y is None) != (self.num_classes is None):
-            raise ValueError("y is missing: this U-Net is class-conditional" if y is None else
-                             "y was given, but this U-Net is not class-conditional")
+            raise ValueError(
+                "y is missing: this U-Net is class-conditional"
+                if y is None
+                else "y was given, but this U-Net is not class-conditional"
+            )
 
 
 class PatchUNetModel(nn.Module):
@@ -233,8 +256,7 @@ class PatchUNetModel(nn.Module):
     def __init__(self, in_channels, out_channels, patch_size=2, **unet_params):
         super().__init__()
         self.patch_size = patch_size
-        self.unet = UNetModel(
-            in_channels=in_channels * patch_size**2, out_channels=out_channels * patch_size**2, **unet_params)
+        self.unet = UNetModel(in_channels=in_channels * patch_size**2, out_channels=out_channels * patch_size**2, **unet_params)
 
     def forward(self, x, timesteps, context=None, y=None):  # [B, in_channels, H, W]
         h = self.unet(nn.functional.pixel_unshuffle(x, self.patch_size), timesteps, context, y)

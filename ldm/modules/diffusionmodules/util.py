@@ -22,8 +22,10 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 def normalization(channels):
     """The U-Net's GroupNorm: 32 groups, eps 1e-5 (the published value; the attention and VAE blocks use 1e-6)."""
     if channels % 32:
-        raise ValueError(f"channels = {channels}, but GroupNorm with 32 groups needs a multiple of 32: "
-                         "choose model_channels and channel_mult accordingly")
+        raise ValueError(
+            f"channels = {channels}, but GroupNorm with 32 groups needs a multiple of 32: "
+            "choose model_channels and channel_mult accordingly"
+        )
     return nn.GroupNorm(32, channels)
 
 
