@@ -3,6 +3,7 @@
 import re
 import resource
 import sys
+import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +39,18 @@ def get_obj_from_str(string):
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"target = {string!r} in the config cannot be imported: {error}") from error
+
+
+def moved(old, new, names):
+    """The `__getattr__` of a module `old` for the names (one string, separated by spaces) that are in the module `new` by now."""
+
+    def find(name):
+        if name not in names.split():
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        warnings.warn(f"{old}.{name} is now {new}.{name}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(new), name)
+
+    return find
 
 
 def instantiate_from_config(config, **overrides):

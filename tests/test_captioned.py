@@ -13,7 +13,8 @@ from ldm.data.captioned import Captioned, CaptionedFolder, Encoded
 from ldm.data.emoji import entries, held_out_names, on_white, readable
 from ldm.denoisers import LatentDenoiser
 from ldm.newton_sampler import sample
-from ldm.train import jitter, train
+from ldm.train import train
+from ldm.training import jitter
 from ldm.util import instantiate_from_config
 
 AUTOENCODER = {"embed_dim": 4, "ddconfig": {"double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3,
@@ -148,7 +149,7 @@ def config(folder, parameterization, **trainer):
         "parts": {"first_stage_model.": {"path": str(folder / "autoencoder.safetensors")},
                   "cond_stage_model.model.": {"path": str(folder / "clip.safetensors"), "without": "visual."}},
         "data": {"folder": str(folder / "pictures"), "size": 16},
-        "training": {"target": "ldm.train.TextToImageTraining", "params": {"warmup": 1, "prompts": ["a red square"]}},
+        "training": {"target": "ldm.training.TextToImageTraining", "params": {"warmup": 1, "prompts": ["a red square"]}},
         "batch_size": 2,
         "trainer": {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
                     "check_val_every_n_epoch": None, "val_check_interval": 4, **trainer},

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from ldm.checkpoints import load_model
 from ldm.models.classifier import DigitClassifier
-from ldm.train import Batches, DiffusionTraining, train
+from ldm.train import Batches, train
+from ldm.training import DiffusionTraining
 from ldm.util import get_obj_from_str, instantiate_from_config, load_config, resolve_device
 
 
@@ -39,7 +40,7 @@ def small_config(steps, batch_size=20):
                  unet_config=dict(target=target, params=unet))  # fmt: skip
     return dict(
         model=dict(target="ldm.models.diffusion.ddpm.DDPM", params=model), data=dict(target="test_train.Digits"),
-        training=dict(target="ldm.train.DiffusionTraining", params=dict(lr=0.002, warmup=5)),
+        training=dict(target="ldm.training.DiffusionTraining", params=dict(lr=0.002, warmup=5)),
         batch_size=batch_size, checkpoint_every=4,
         trainer=dict(max_steps=steps, accelerator="cpu", val_check_interval=20, limit_val_batches=1, log_every_n_steps=1,
                      enable_progress_bar=False, enable_model_summary=False))  # fmt: skip
@@ -198,6 +199,13 @@ def test_the_tiny_configs_train(name, monkeypatch):
     assert task.training_step(batch, 0) < before
 
 
+def test_configs_with_the_old_place_of_the_tasks_still_work():
+    with pytest.warns(DeprecationWarning, match="ldm.training.DiffusionTraining"):
+        assert get_obj_from_str("ldm.train.DiffusionTraining") is DiffusionTraining
+    with pytest.raises(ValueError, match="ldm.train.Diffusion"):
+        get_obj_from_str("ldm.train.Diffusion")
+
+
 def test_the_decoder_alone_can_be_trained():
     """The latents stay bit-equal, the SSIM term is in the loss, and the loss goes down."""
     config = load_config(ROOT / "configs/tiny/autoencoder.yaml")
@@ -206,7 +214,7 @@ def test_the_decoder_alone_can_be_trained():
     x = torch.nn.functional.interpolate(Digits().images[:2], (32, 32)).repeat(1, 3, 1, 1)
     latents = model.encode(x).mode()
     params = {"decoder_only": True, "ssim_weight": 0.2, "lr": 1e-3}
-    task = instantiate_from_config({"target": "ldm.train.AutoencoderTraining", "params": params}, model=model)
+    task = instantiate_from_config({"target": "ldm.training.AutoencoderTraining", "params": params}, model=model)
     task.log = lambda *args, **kwargs: None
     task._trainer = type("Trainer", (), {"global_step": 0, "global_rank": 0})()
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)

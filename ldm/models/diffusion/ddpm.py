@@ -1,6 +1,6 @@
 """Diffusion models as checkpoints hold them: the U-Net under `model.diffusion_model` and the noise schedule's buffers.
 
-Inference shells only. Training is in ldm/train.py, sampling in ldm/newton_sampler.py.
+Inference shells only. Training is in ldm/training.py, sampling in ldm/newton_sampler.py.
 """
 
 import torch

@@ -1,0 +1,205 @@
+"""What the models of this repository are trained for: one Lightning module per task, named by a config's `training.target`.
+
+A task takes the model and its own settings, and says what the loss of a batch is. `ldm/train.py` runs it.
+"""
+
+import math
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from ldm.data.captioned import Encoded
+from ldm.denoisers import PREDICTIONS, Denoiser, LatentDenoiser
+from ldm.images import grid, save_image
+from ldm.modules.encoders.modules import bpe_tokenizer
+from ldm.newton_sampler import sample
+
+
+class Training(pl.LightningModule):
+    """What all tasks share: AdamW, linear warm-up, then a cosine to zero at the last step."""
+
+    def __init__(self, model, lr=1e-3, weight_decay=0.0, warmup=200, seed=0):
+        super().__init__()
+        self.model = model
+        self.lr, self.weight_decay, self.warmup, self.seed = lr, weight_decay, warmup, seed
+
+    def configure_optimizers(self):
+        total = self.trainer.estimated_stepping_batches
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+
+        def factor(step):
+            return min((step + 1) / self.warmup, 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def generator(self, step):
+        """Random numbers that depend on the step alone, so that a resumed run draws what an uninterrupted one would have."""
+        return torch.Generator().manual_seed((self.seed + self.global_rank) * 10_000_019 + step)
+
+
+class DiffusionTraining(Training):
+    """Ho et al. 2020, eq. 14: the network's prediction at a random time, mean squared error.
+
+    weight_cap: noise predictions are weighted by min(1 / alpha_t^2, weight_cap). 1 is that equation; a high cap is the error of
+    v (Salimans & Ho 2022), which counts high noise levels, where the composition is decided, as much as low ones.
+    """
+
+    def __init__(self, model, weight_cap=1.0, **kwargs):
+        super().__init__(model, **kwargs)
+        self.weight_cap = weight_cap
+
+    def loss(self, x0, generator, *conditions):
+        ddpm = self.model
+        t = ddpm.schedule.random_times(len(x0), generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        x_t, alpha, sigma = ddpm.schedule.add_noise(x0, t, noise)
+        target = PREDICTIONS[ddpm.parameterization][1](x0, noise, alpha, sigma)
+        error = (ddpm(x_t, t, *conditions) - target).square()
+        weight = (alpha**-2).clamp(max=self.weight_cap) if ddpm.parameterization == "eps" else 1.0
+        return (weight * error).mean()
+
+    def training_step(self, batch, _):
+        loss = self.loss(batch[0], self.generator(self.global_step))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, i):
+        self.log("val_loss", self.loss(batch[0], self.generator(-1 - i)), prog_bar=True, sync_dist=True)
+        if i == 0 and self.trainer.is_global_zero:
+            ddpm = self.model
+            D = Denoiser(ddpm.network, ddpm.schedule, ddpm.parameterization)
+            shape = (64, ddpm.channels, ddpm.image_size, ddpm.image_size)
+            x0 = sample(D, None, shape, range(64), steps=20, device=self.device).x0
+            save_image(grid(x0, 8), Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
+
+
+class TextToImageTraining(DiffusionTraining):
+    """The U-Net of a LatentDiffusion on latents and captions, both encoded in advance by its frozen parts; captions are left
+    out with the probability `drop`, for guidance (Ho & Salimans 2022)."""
+
+    def __init__(self, model, drop=0.1, prompts=("",), **kwargs):
+        super().__init__(model, **kwargs)
+        self.drop, self.prompts = drop, list(prompts)
+        model.first_stage_model.requires_grad_(False)
+        model.cond_stage_model.requires_grad_(False)
+
+    def prepare(self, dataset, train):
+        """The encoded dataset. The training set's latents set the scale_factor that brings them to unit variance, unless the
+        model has begun with another one's."""
+        encoded = Encoded(dataset, lambda x: self.model.first_stage_model.encode(x).mode(), self.model.encode_prompts)
+        if train and self.model.scale_factor == 1:
+            self.model.scale_factor.fill_(1 / encoded.latents.float().std())
+        encoded.latents *= self.model.scale_factor
+        with torch.no_grad():
+            self.empty = self.model.encode_prompts("")
+        return encoded
+
+    def training_step(self, batch, _):
+        z, tokens = batch
+        generator = self.generator(self.global_step)
+        dropped = torch.rand(len(z), 1, 1, generator=generator).to(z) < self.drop
+        loss = self.loss(z, generator, torch.where(dropped, self.empty.to(z), tokens))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, i):
+        self.log("val_loss", self.loss(batch[0], self.generator(-1 - i), batch[1]), prog_bar=True, sync_dist=True)
+        if i == 0 and self.trainer.is_global_zero:
+            model, n = self.model, len(self.prompts)
+            D = LatentDenoiser(model, self.prompts, guidance=3.0)
+            z = sample(D, None, (n, *batch[0].shape[1:]), range(n), steps=20, device=self.device).x_t
+            sheet = grid(model.decode(z).clamp(-1, 1), 8)
+            save_image(sheet, Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
+
+
+class AutoencoderTraining(Training):
+    """Kingma & Welling 2014: mean absolute error of the reconstruction, plus ssim_weight (1 - SSIM), plus kl_weight times the KL
+    divergence of the posterior from the standard normal per latent number. Pictures are mirrored at random.
+
+    decoder_only: leave the encoder as it is, and so the latents, that a U-Net may have been trained on already.
+    """
+
+    def __init__(self, model, kl_weight=1e-5, ssim_weight=0.0, decoder_only=False, **kwargs):
+        super().__init__(model, **kwargs)
+        self.kl_weight, self.ssim_weight = kl_weight, ssim_weight
+        if decoder_only:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
+
+    def training_step(self, batch, _):
+        generator = self.generator(self.global_step)
+        mirrored = torch.rand(len(batch[0]), 1, 1, 1, generator=generator).to(batch[0]) < 0.5
+        x = torch.where(mirrored, batch[0].flip(3), batch[0])
+        posterior = self.model.encode(x)
+        reconstruction = self.model.decode(posterior.sample(generator))
+        loss = F.l1_loss(reconstruction, x) + self.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        if self.ssim_weight:
+            loss += self.ssim_weight * (1 - structural_similarity_index_measure(reconstruction, x, data_range=2.0))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, i):
+        x = batch[0]
+        reconstruction = self.model(x)[0].clamp(-1, 1)
+        psnr = -10 * ((reconstruction - x) / 2).square().flatten(1).mean(1).log10()
+        self.log("val_psnr", psnr.mean(), prog_bar=True, sync_dist=True)
+        if i == 0 and self.trainer.is_global_zero:
+            sheet = grid(torch.cat([x[:8], reconstruction[:8]]), 8)
+            save_image(sheet, Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
+
+
+class ClipTraining(Training):
+    """Radford et al. 2021: each picture finds its own caption among the batch's and the reverse, by cross-entropy. Pictures are
+    turned, scaled and shifted a little, each in its own way."""
+
+    def __init__(self, model, vocabulary=None, **kwargs):
+        super().__init__(model, **kwargs)
+        self.tokenizer = bpe_tokenizer(vocabulary)
+
+    def loss(self, images, captions):
+        ids = self.tokenizer(list(captions), self.model.context_length).to(images.device)
+        of_image, of_text, scale = self.model(images, ids)
+        logits, own = scale * of_image @ of_text.T, torch.arange(len(ids), device=images.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, logits
+
+    def training_step(self, batch, _):
+        images, captions = batch
+        loss, _ = self.loss(jitter(images, self.generator(self.global_step)), captions)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, _):
+        loss, logits = self.loss(*batch)
+        accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        self.log_dict({"val_loss": loss, "val_accuracy": accuracy}, prog_bar=True, sync_dist=True)
+
+
+def jitter(images, generator, turn=0.15, scale=0.15, shift=0.1):
+    """Images [B, C, H, W], each turned by up to `turn` radians, scaled and shifted (fractions of the size), the border extended."""
+    most = torch.tensor([[turn], [scale], [shift], [shift]])
+    angle, zoom, dx, dy = most * (2 * torch.rand(4, len(images), generator=generator) - 1)
+    cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
+    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], dim=1).view(-1, 2, 3).to(images)
+    places = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, places, padding_mode="border", align_corners=False)
+
+
+class ClassifierTraining(Training):
+    """Cross-entropy on digits shifted by up to two pixels."""
+
+    def training_step(self, batch, _):
+        x, y = batch
+        dy, dx = torch.randint(-2, 3, (2,), generator=self.generator(self.global_step)).tolist()
+        loss = F.cross_entropy(self.model(x.roll((dy, dx), dims=(2, 3))), y)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, _):
+        x, y = batch
+        self.log("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
