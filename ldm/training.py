@@ -46,15 +46,16 @@ class DiffusionTraining(Training):
 
     weight_cap: noise predictions are weighted by min(1 / alpha_t^2, weight_cap). 1 is that equation; a high cap is the error of
     v (Salimans & Ho 2022), which counts high noise levels, where the composition is decided, as much as low ones.
+    times: arguments of the schedule's `random_times`, such as {mean: 0} for log-normal times; {}: the schedule's default.
     """
 
-    def __init__(self, model, weight_cap=1.0, **kwargs):
+    def __init__(self, model, weight_cap=1.0, times=None, **kwargs):
         super().__init__(model, **kwargs)
-        self.weight_cap = weight_cap
+        self.weight_cap, self.times = weight_cap, times or {}
 
     def loss(self, x0, generator, *conditions):
         ddpm = self.model
-        t = ddpm.schedule.random_times(len(x0), generator).to(x0.device)
+        t = ddpm.schedule.random_times(len(x0), generator, **self.times).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x_t, alpha, sigma = ddpm.schedule.add_noise(x0, t, noise)
         target = PREDICTIONS[ddpm.parameterization][1](x0, noise, alpha, sigma)
