@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS
-from ldm.util import ROOT, instantiate_from_config, load_config, resolve_device, resolve_path
+from ldm.util import ROOT, atomic_write, instantiate_from_config, load_config, resolve_device, resolve_path
 
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
@@ -52,13 +52,10 @@ SAFETENSORS_DTYPES = {
 def save_weights(model, path, dtype, without=()):
     """Write the model's state dict, floating-point tensors as `dtype` (single numbers as they are), as safetensors. Left out
     are the schedule's buffers and the names that begin with one of `without`. Never leaves half a file."""
-    path = Path(path)
     tensors = {k: v for k, v in model.state_dict().items() if k not in SCHEDULE_BUFFERS and not k.startswith(tuple(without))}
     tensors = {k: (v.to(dtype) if v.is_floating_point() and v.ndim else v).contiguous().cpu() for k, v in tensors.items()}
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary)
-    temporary.chmod(0o644)  # safetensors leaves the file readable to its owner only
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_model(source="tiny", config=None, device="auto", dtype=None, prediction=None):

@@ -19,6 +19,7 @@ from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, 
 from ldm.newton_sampler import newton_sampler
 from ldm.operators import Mask, downsample, gaussian_blur, measure
 from ldm.solver import fast_sampler, steps_for
+from ldm.util import atomic_write
 
 NOISE = 0.05
 TASKS = {"half": "right half missing", "hole": "centre hole", "strokes": "brush strokes", "sparse": "90 % of pixels missing",
@@ -248,14 +249,11 @@ def in_table(path, key):
 
 def append(path, row):
     """Add a row: the whole table is written beside the old one and takes its place, so that it is never cut off."""
-    path = Path(path)
     row = {k: f"{v:.5g}" if isinstance(v, float) else "" if v is None else v for k, v in row.items()}
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", newline="") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows([*rows(path), row])
-    temporary.replace(path)
 
 
 def measured(rows):

@@ -39,6 +39,7 @@ from ldm.images import load_image, save_image
 from ldm.metrics import alexnet_features, lpips_weights
 from ldm.newton_sampler import H, newton_sampler
 from ldm.solver import fast_sampler
+from ldm.util import atomic_write
 
 DEFAULTS = {"data": None, "model": "tiny", "config": None, "prediction": None, "task": "inpaint", "method": "newton", "budget": 220,
             "prompt": "", "guidance": 1.0, "limit": None, "batch": 4, "devices": 1, "accelerator": "auto", "nodes": 1,
@@ -112,18 +113,12 @@ class Evaluation(pl.LightningModule):
         values = task.measure(pictures) | dict(accuracy=nothing, features=of(pictures), reference=of(images))
         for j, picture in zip(numbers, pictures, strict=True):
             save_image(picture, self.folder / f"{self.files[j].stem}.png")
-        write(self.folder / f"{numbers[0] // self.settings['batch']}.pt", dict(costs=costs, values=values))
+        with atomic_write(self.folder / f"{numbers[0] // self.settings['batch']}.pt") as temporary:
+            torch.save(dict(costs=costs, values=values), temporary)
         return numbers
 
     def on_predict_end(self):
         self.trainer.strategy.barrier()
-
-
-def write(path, content):
-    """torch.save under another name first, so that an interrupted write never leaves half a file."""
-    temporary = path.with_name(f".{path.name}.part")
-    torch.save(content, temporary)
-    temporary.replace(path)
 
 
 def gather(folder, blocks):
@@ -175,8 +170,8 @@ def prepare(folder, settings, files):
         if changed := [k for k in mine if theirs.get(k) != mine[k]]:
             raise ValueError(f"{folder} holds results with another {changed[0]}: delete it or give another out")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=2) + "\n")
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 def evaluate(settings, files):
@@ -205,7 +200,8 @@ def evaluate(settings, files):
     if not in_table(path, key):
         append(path, key | gather(folder, blocks))
     text = "\n".join(markdown(rows(path), out.name, FEATURES)) + "\n"
-    (out / "evaluate.md").write_text(text)
+    with atomic_write(out / "evaluate.md") as temporary:
+        temporary.write_text(text)
     print(text)
     return path
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ldm.util import atomic_write
+
 
 def from_uint8(pixels):
     """uint8 tensor or array of any shape -> float32 tensor in [-1, 1]."""
@@ -79,7 +81,9 @@ def to_pil(image, scale=1):
 
 def save_image(image, path, scale=1):
     """Write one image [C, H, W] in [-1, 1] to a file, whose folder is made if it is missing. Returns the path."""
-    return _write(path, lambda temporary: to_pil(image, scale).save(temporary))
+    with atomic_write(path) as temporary:
+        to_pil(image, scale).save(temporary)
+    return Path(path)
 
 
 def save_gif(frames, path, scale=1, seconds=0.12, hold=2.0):
@@ -91,16 +95,6 @@ def save_gif(frames, path, scale=1, seconds=0.12, hold=2.0):
     palette = Image.fromarray(np.concatenate([np.asarray(picture)[::2, ::2] for picture in pictures])).quantize(256)
     first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
-    return _write(
-        path, lambda temporary: first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
-    )
-
-
-def _write(path, save):
-    """Save under another name first, so that an interrupted write never leaves half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    save(temporary)
-    temporary.replace(path)
-    return path
+    with atomic_write(path) as temporary:
+        first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+    return Path(path)

@@ -1,4 +1,4 @@
-"""Objects and paths from configs, the device by name, and memory."""
+"""Objects and paths from configs, files written whole, the device by name, and memory."""
 
 import re
 import resource
@@ -20,6 +20,24 @@ def resolve_path(path):
         if candidate.exists():
             return candidate
     raise FileNotFoundError(f"{path}: there is no such file, here or in {ROOT}")
+
+
+@contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as temporary: save(temporary)`: what is written to `temporary`, a path in the same folder with the
+    same suffix, takes the place of `path` at the end. An interrupted or failed write leaves the old file and nothing else.
+    The folder is made where it is missing; the permissions are those of any new file, whatever `save` sets."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_config(path):

