@@ -7,7 +7,7 @@ import compare_report
 import foreign
 import pytest
 import torch
-from conftest import GaussianDenoiser
+from common import GaussianDenoiser
 from test_newton_sampler import draw
 
 from ldm.checkpoints import load_model

@@ -3,7 +3,7 @@
 import foreign
 import pytest
 import torch
-from conftest import GaussianDenoiser
+from common import GaussianDenoiser
 from test_newton_sampler import half_mask
 from test_solver import posterior
 
