@@ -45,7 +45,7 @@ class GaussianDenoiser:
 
 
 def smooth_gaussian(schedule=None):
-    """The denoiser of images [1, 8, 8]: smooth Gaussian random fields of unit variance (as latents have) around a mean that is not zero."""
+    """The denoiser of images [1, 8, 8]: smooth Gaussian random fields of unit variance around a mean that is not 0."""
     schedule = DiffusionSchedule(make_beta_schedule("sqrt_linear", 1000)) if schedule is None else schedule
     at = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1).view(64, 2).double()
     cov = torch.exp(-0.5 * torch.cdist(at, at) ** 2) + 1e-5 * torch.eye(64, dtype=torch.float64)

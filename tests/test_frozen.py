@@ -1,6 +1,6 @@
-"""Samples of every sampler on a denoiser in closed form are what they were when they were frozen, to 1e-5: a refactoring changes no number.
+"""Samples of every sampler, on a denoiser in closed form, are those that were frozen, to 1e-5: a refactoring changes no number.
 
-`PYTHONPATH=tests python tests/test_frozen.py` writes tests/data/frozen.safetensors anew, after a change that is meant to change them.
+After a change that is meant to change them, `PYTHONPATH=tests python tests/test_frozen.py` freezes them anew.
 """
 
 import pytest
