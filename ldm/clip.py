@@ -7,8 +7,9 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch.nn import functional as F
 
-from ldm.checkpoints import index, load_model, match
+from ldm.checkpoints import load_model
 from ldm.util import resolve_device
+from ldm.weights import index, match
 
 OPENAI_HUB = "timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"  # where open_clip has ViT-B/16 "openai" from
 

@@ -25,8 +25,8 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from ldm.checkpoints import load_parts, save_weights
 from ldm.util import instantiate_from_config, load_config, moved
+from ldm.weights import load_parts, save_weights
 
 # Configs of version 0.1 name the tasks as ldm.train.DiffusionTraining ...
 __getattr__ = moved(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.checkpoints import load_model, save_weights
+from ldm.checkpoints import load_model
 from ldm.data.captioned import Captioned, CaptionedFolder, Encoded
 from ldm.data.emoji import entries, held_out_names, on_white, readable
 from ldm.denoisers import LatentDenoiser
@@ -16,6 +16,7 @@ from ldm.newton_sampler import sample
 from ldm.train import train
 from ldm.training import jitter
 from ldm.util import instantiate_from_config
+from ldm.weights import save_weights
 
 AUTOENCODER = {"embed_dim": 4, "ddconfig": {"double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3,
                                             "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}}  # fmt: skip

@@ -22,10 +22,11 @@ from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import load_file, save_file
 from test_latent_diffusion import X_T, tiny_config
 
-from ldm import checkpoints
-from ldm.checkpoints import infer_config, load_model, save_weights
+from ldm import checkpoints, weights
+from ldm.checkpoints import infer_config, load_model
 from ldm.denoisers import LatentDenoiser
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, resolve_device
+from ldm.weights import save_weights
 
 UNET = "model.diffusion_model."
 PIXELS = {
@@ -300,9 +301,9 @@ def test_names_that_lead_nowhere(tmp_path):
 
 @pytest.mark.parametrize("name", checkpoints.SHIPPED)
 def test_shipped_models(name, monkeypatch, tmp_path):
-    config, weights = checkpoints.SHIPPED[name]
+    config, file = checkpoints.SHIPPED[name]
     assert (ROOT / config).is_file()
-    if (ROOT / weights).is_file():
+    if (ROOT / file).is_file():
         load_model(name, device="cpu")
     monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
     refused(name, "python -m ldm.train", config, config=None, error=FileNotFoundError)
@@ -331,7 +332,7 @@ def test_dtype_and_device_are_checked(pixels, tmp_path):
     refused(tmp_path / "a.safetensors", "dtype", dtype=torch.int8)
     with pytest.raises(ValueError, match="device = 'cuba'"):
         load_model(tmp_path / "a.safetensors", PIXELS, device="cuba")
-    assert load_model(tmp_path / "a.safetensors", PIXELS).betas.device == checkpoints.resolve_device("auto")
+    assert load_model(tmp_path / "a.safetensors", PIXELS).betas.device == resolve_device("auto")
 
 
 # Strictness
@@ -354,7 +355,7 @@ def test_everything_that_does_not_fit_is_in_one_error(pixels, tmp_path):
 
 
 def test_what_training_left_behind_and_the_schedule_are_not_errors(model, tmp_path):
-    state = {k: v for k, v in model.state_dict().items() if not checkpoints.RECOMPUTED.fullmatch(k)}
+    state = {k: v for k, v in model.state_dict().items() if not weights.RECOMPUTED.fullmatch(k)}
     state |= {"first_stage_model.loss.discriminator.main.0.weight": torch.ones(1), "loss.logvar": torch.ones(1),
               "logvar": torch.zeros(9), "model_ema.decay": torch.tensor(0.9), "betas": model.betas.half()}  # fmt: skip
     torch.save(state, tmp_path / "a.ckpt")
@@ -371,7 +372,7 @@ def names_only(**shapes):
     """Stored tensors by shape, as `index` gives them, without a file."""
     keys = {"first": UNET + "input_blocks.0.0.weight",
             "to_k": UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"}  # fmt: skip
-    return {keys[k]: checkpoints.Stored(None, 0, torch.empty(v, device="meta")) for k, v in shapes.items()}
+    return {keys[k]: weights.Stored(None, 0, torch.empty(v, device="meta")) for k, v in shapes.items()}
 
 
 def test_the_config_is_found_from_the_tensors():
@@ -391,6 +392,14 @@ def test_the_config_is_found_from_the_tensors():
     for words, (stored, prediction) in wrong.items():
         with pytest.raises(ValueError, match=words):
             infer_config("a", stored, prediction)
+
+
+def test_names_of_version_0_1_are_found_at_their_old_place():
+    with pytest.warns(DeprecationWarning, match="ldm.weights.save_weights"):
+        assert checkpoints.save_weights is save_weights
+    assert checkpoints.index is weights.index
+    with pytest.raises(ImportError, match="no_such"):
+        from ldm.checkpoints import no_such  # noqa: F401
 
 
 # Memory
@@ -462,7 +471,7 @@ def test_saving_leaves_out_the_schedule_and_never_half_a_file(pixels, tmp_path, 
     assert {v.dtype for v in saved.values()} == {torch.float16}
     assert path.stat().st_mode & 0o777 == 0o644
     before = path.read_bytes()
-    monkeypatch.setattr(checkpoints, "save_file", lambda tensors, file: Path(file).write_bytes(b"half") and 1 / 0)
+    monkeypatch.setattr(weights, "save_file", lambda tensors, file: Path(file).write_bytes(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_weights(pixels, path, torch.float32)
     assert path.read_bytes() == before

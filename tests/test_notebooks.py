@@ -12,11 +12,11 @@ import torch
 from common import ROOT
 from PIL import Image
 
-from ldm.checkpoints import save_weights
 from ldm.constraints import LinearConstraint
 from ldm.newton_sampler import max_norm, sample, seeded_noise, unit
 from ldm.operators import Mask
 from ldm.util import instantiate_from_config, load_config
+from ldm.weights import save_weights
 
 NOTEBOOKS = sorted(p for folder in ("mnist", "stable-diffusion", "notebooks") for p in (ROOT / folder).glob("*.ipynb"))
 IDS = [str(p.relative_to(ROOT)) for p in NOTEBOOKS]
