@@ -21,7 +21,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 		{ echo "Python >= 3.10 with the venv module is needed; name one by: make PYTHON=/path/to/python3 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Setting up .venv (torch and friends: several GB, a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
 	@touch $@
 
 demo: $(READY)

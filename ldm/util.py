@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
+PACKAGE = Path(__file__).resolve().parent
+# Where configs/ and checkpoints/ are: in a checkout the repository's root, in an installed wheel a folder of the package.
+ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 
 def resolve_path(path):

@@ -1,15 +1,14 @@
 """MNIST digits as 32 x 32 images in [-1, 1]."""
 
-from pathlib import Path
-
 import torch
 import torchvision
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from ldm.images import from_uint8, load_image
+from ldm.util import ROOT
 
-SAMPLE = Path(__file__).parents[2] / "assets" / "mnist_test_digits.png"
+SAMPLE = ROOT / "assets/mnist_test_digits.png"
 
 
 class MNIST(Dataset):
