@@ -2,7 +2,7 @@
 #   make demo         inpainting on the shipped model; pictures in outputs/
 #   make test         all tests that need no GPU, in two processes (JOBS=4 make test: in four)
 #   make lab          JupyterLab on the notebooks
-#   make lint         ruff, notebooks included
+#   make lint         ruff (notebooks included) and mypy
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
 #   make data-emoji   fetch and prepare the captioned pictures for configs/tiny, into data/
 #   make data-lpips   fetch AlexNet's weights (64 MB), which LPIPS needs, into data/
@@ -10,8 +10,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Notebooks draw inline: a backend that the user has set would take the figures out of them.
-unexport MPLBACKEND
+# Notebooks draw inline: a backend that the user has set would take the figures out of them. And only what is installed in .venv
+# counts: another package named ldm in PYTHONPATH would be imported instead of this one.
+unexport MPLBACKEND PYTHONPATH
 
 .PHONY: demo test lab lint train-mnist data-emoji data-lpips train-tiny
 .DEFAULT_GOAL := demo
@@ -38,7 +39,7 @@ lab: $(READY)
 	@$(BIN)/jupyter lab
 
 lint: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
 
 train-mnist: $(READY)
 	@$(BIN)/python -m ldm.train --config configs/mnist/classifier.yaml

@@ -72,8 +72,8 @@ class PipelineModel:
 
     component = "unet"  # of the pipeline: the network
     default_size = None  # of latents, where it does not stand in the network's config
-    patch = None  # side of the patches of a transformer, in latent pixels
-    addition = None  # a U-Net's addition_embed_type
+    patch: int | None = None  # side of the patches of a transformer, in latent pixels
+    addition: str | None = None  # a U-Net's addition_embed_type
     uniform = True  # see PipelineFlowSchedule
 
     def __init__(self, pipeline, size=None, prediction=None):
