@@ -1,12 +1,194 @@
-"""Pictures in and out: the only place that knows how the pixel values 0 .. 255 map to the networks' [-1, 1]."""
+"""Images in and out: the only place that opens image files, and that knows how pixel values 0 .. 255 map to [-1, 1]."""
 
+import io
+import os
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ldm.util import atomic_write
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # of image files, in any case
+SCALES = (1, 255, 65535)  # what white may be in 16-bit, 32-bit and float images
+REMEDY = 'run the network and the autoencoder in float32 (dtype = "float32"), or take shorter steps'
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: workflows in PNG files exceed Pillow's 1 MiB
+
+
+# ---- files
+
+
+def open_image(source, name="image"):
+    """An image upright, as a PIL image of mode "L", "LA", "RGB" or "RGBA".
+
+    source  a path (~ is the home folder), the bytes of a file, or a PIL image
+    name    the argument that error messages name
+
+    The EXIF orientation is applied. Of animations and multi-page files it is the first frame. Palettes and CMYK become RGB. Images
+    of 16 bits, 32 bits or floats are scaled: white is the type's largest value in 16 bits, otherwise the first of 1 (floats only),
+    255, 65535 that no value exceeds, or the largest value. Everything that goes wrong is one ValueError that names the file: it is
+    missing, damaged, no image, or has more pixels than Pillow allows.
+    """
+    image, format = read_image(source, name)
+    with _named(source, name):
+        return _eight_bits(image, format)
+
+
+def read_image(source, name="image"):
+    """(image, format): as `open_image`, but with the file's own mode and values; format is Pillow's name, such as "PNG"."""
+    with _named(source, name), _opened(source) as image:
+        image.load()
+        return _upright(image), image.format
+
+
+def image_size(source, name="image"):
+    """(H, W) of an image upright, from the file's header alone where its format allows. ValueError as `open_image`."""
+    with _named(source, name), _opened(source) as image:
+        turned = _orientation(image) >= 5 and image.format != "TIFF"  # of TIFF files Pillow gives the upright size
+        return image.size if turned else image.size[::-1]
+
+
+def load_image(path, size=None, channels=3, crop=False):
+    """An image as a float32 tensor [1, channels, H, W] in [-1, 1].
+
+    path      what `open_image` takes: a path, bytes or a PIL image
+    size      (H, W) to resize to (Lanczos), None: the file's own
+    channels  3 (RGB) or 1 (grey)
+    crop      keep the aspect ratio: only the image's middle is resized to `size`; False: the whole image is
+
+    Transparency is composited on white. ValueError as `open_image`, and for an image with a single row or column of pixels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB)")
+    image = open_image(path)
+    if min(image.size) < 2:
+        raise ValueError(f"image = {_shown(path)} has {image.height} x {image.width} pixels: give at least 2 x 2")
+    image = on_white(image).convert("RGB" if channels == 3 else "L")
+    if size is not None:
+        fit = ImageOps.fit if crop else Image.Image.resize
+        image = fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return from_uint8(np.asarray(image)).reshape(1, *image.size[::-1], channels).permute(0, 3, 1, 2).contiguous()
+
+
+def on_white(image):
+    """A PIL image of mode "L", "LA", "RGB" or "RGBA" composited on white: mode "L" or "RGB"."""
+    if image.mode in ("L", "RGB"):
+        return image
+    mode, image = image.mode.removesuffix("A"), image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+
+
+@contextmanager
+def _named(source, name):
+    """Turns whatever a decoder raises inside into a ValueError of one sentence that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        reason = "this is an address: download the file first" if "://" in str(source) else f"no such file (seen from {Path.cwd()})"
+    except IsADirectoryError:
+        reason = "this is a folder: give an image file"
+    except PermissionError:
+        reason = "the file may not be read: change its permissions"
+    except Image.DecompressionBombError:
+        reason = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels: reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+    except MemoryError:
+        reason = "not enough memory to decode it: reduce it"
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, RuntimeError ...
+        why = " ".join(str(error).split()).rstrip(".") if not isinstance(error, Image.UnidentifiedImageError) else _contents(source)
+        reason = f"not a readable image ({why or type(error).__name__}): save it again as PNG or JPEG"
+    else:
+        return
+    raise ValueError(f"{name} = {_shown(source)}: {reason}")
+
+
+@contextmanager
+def _opened(source):
+    """The PIL image of a source; what was opened here is closed again."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise TypeError("give the path of an image file, its bytes or a PIL image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many pixels, of damaged EXIF: either it can be read or there is an error
+        file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
+        with Image.open(file) as image:
+            if image.format == "EPS":  # Pillow would run Ghostscript
+                raise ValueError("EPS is a program, not an image")
+            yield image
+
+
+def _shown(source):
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    return "a PIL image" if isinstance(source, Image.Image) else repr(str(source))
+
+
+def _contents(source):
+    """What a file is that no decoder knows, by its first bytes."""
+    start = source[:64] if isinstance(source, bytes) else Path(source).expanduser().open("rb").read(64)
+    if not start or start[4:8] == b"ftyp":
+        return "it is HEIC or a video" if start else "it is empty"
+    kinds = {b"version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file", b"<": "it is HTML, XML or SVG",
+             b"%PDF": "it is a PDF"}  # fmt: skip
+    return next((kind for magic, kind in kinds.items() if start.startswith(magic)), "its format is unknown")
+
+
+def _orientation(image):
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF data in a good image
+        return 1
+
+
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above
+        return image.copy()
+
+
+def _eight_bits(image, format):
+    """A PIL image of any mode as "L", "LA", "RGB" or "RGBA"."""
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip, not scale
+        values = scaled(np.asarray(image), white(image, format))
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    image = image.convert("LA") if image.mode == "La" else image
+    if "transparency" in image.info or image.mode in ("PA", "RGBa"):
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
+
+
+def white(image, format):
+    """The value of white in a PIL image's own mode where it is known, otherwise None: see `scaled`."""
+    return 65535 if image.mode.startswith("I;16") or (image.mode, format) == ("I", "PPM") else None
+
+
+def scaled(values, white=None):
+    """Numbers of any dtype and shape -> float64 in 0 .. 1, divided by `white`; negative ones become 0.
+
+    white=None: booleans and floats up to 1 stay; otherwise the first of 255 and 65535 that no value exceeds, or the largest value.
+    ValueError where a value is NaN or infinite.
+    """
+    whole = np.issubdtype(values.dtype, np.integer)
+    values = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are NaN or infinite")
+    most = values.max(initial=0)
+    if white is None:
+        white = next((white for white in SCALES[whole:] if most <= white), most)
+    return (values / white).clip(0, 1)
+
+
+# ---- tensors
 
 
 def from_uint8(pixels):
@@ -15,37 +197,13 @@ def from_uint8(pixels):
     return pixels.float() / 127.5 - 1
 
 
-def to_uint8(x):
-    """Tensor in [-1, 1] of any shape (values outside are clipped) -> uint8 tensor on the CPU, rounded to nearest."""
-    return ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(x, stage="the image"):
+    """Tensor in [-1, 1] of any shape (values outside are clipped) -> uint8 tensor on the CPU, rounded to nearest.
 
-
-def load_image(path, size=None, channels=3, crop=False):
-    """A picture file as a float32 tensor [1, channels, H, W] in [-1, 1].
-
-    size: (H, W) to resize to (Lanczos), None keeps the file's; crop: only the middle of it, of size's aspect ratio. channels: 3 or
-    1. Palette, greyscale and 16-bit files are converted, transparency is composited on white. ValueError where the file is missing,
-    is not a picture or has a single row or column of pixels.
+    FloatingPointError, which names `stage`, where a value is NaN or infinite.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB)")
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        reason = "no such file" if not Path(path).exists() else "not a readable picture"
-        raise ValueError(f"image = {str(path)!r}: {reason}") from error
-    if min(image.size) < 2:
-        raise ValueError(f"image = {str(path)!r} has {image.height} x {image.width} pixels: give at least 2 x 2")
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: PIL would clip, not scale
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / max(values.max(), 65535 if image.mode != "F" else 1) * 255).round().astype(np.uint8))
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB" if channels == 3 else "L")
-    if size is not None:
-        fit = ImageOps.fit if crop else Image.Image.resize
-        image = fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    return from_uint8(np.asarray(image)).reshape(1, *image.size[::-1], channels).permute(0, 3, 1, 2).contiguous()
+    check_finite(x, stage)
+    return ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_image(x, name="image"):
@@ -57,6 +215,14 @@ def check_image(x, name="image"):
         raise ValueError(f"{name} has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite: all must be finite")
     if x.numel() and x.abs().max() > 1.001:
         raise ValueError(f"{name} has values from {x.min():.3g} to {x.max():.3g}: they must lie in [-1, 1]")
+    return x
+
+
+def check_finite(x, stage):
+    """x itself; FloatingPointError, which names the stage of the computation, if a value of it is NaN or infinite."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
+        raise FloatingPointError(f"{stage} has {bad} of {x.numel()} values that are NaN or infinite: {REMEDY}")
     return x
 
 
@@ -72,11 +238,13 @@ def grid(images, columns=None, gap=2, background=1.0):
     return torch.nn.functional.pad(sheet, (0, gap, 0, gap), value=float(background))
 
 
-def to_pil(image, scale=1):
-    """One image [C, H, W] in [-1, 1], C = 1 or 3 -> PIL image, each pixel drawn as scale x scale."""
-    array = to_uint8(image).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+def to_pil(image, scale=1, stage="the image"):
+    """One image [C, H, W] in [-1, 1], C = 1 or 3 -> PIL image, each pixel drawn as scale x scale. Errors as `to_uint8`."""
+    if image.ndim != 3 or len(image) not in (1, 3):
+        raise ValueError(f"{stage} has the shape {list(image.shape)}: give [C, H, W] with C = 1 or 3")
+    array = to_uint8(image, stage).permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def save_image(image, path, scale=1):
@@ -91,9 +259,9 @@ def save_gif(frames, path, scale=1, seconds=0.12, hold=2.0):
 
     All frames share one palette of 256 colours, which halves the file.
     """
-    pictures = [to_pil(frame, scale).convert("RGB") for frame in frames]
-    palette = Image.fromarray(np.concatenate([np.asarray(picture)[::2, ::2] for picture in pictures])).quantize(256)
-    first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    images = [to_pil(frame, scale).convert("RGB") for frame in frames]
+    palette = Image.fromarray(np.concatenate([np.asarray(image)[::2, ::2] for image in images])).quantize(256)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [round(1000 * seconds)] * len(rest) + [round(1000 * hold)]
     with atomic_write(path) as temporary:
         first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)

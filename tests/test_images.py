@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,26 +14,9 @@ def test_every_pixel_value_survives():
 
 def test_save_and_load(tmp_path):
     x = from_uint8(torch.randint(0, 256, (3, 7, 5), dtype=torch.uint8))
-    path = save_image(x, tmp_path / "new" / "picture.png")
+    path = save_image(x, tmp_path / "new" / "image.png")
     assert torch.equal(load_image(path)[0], x)
-    assert [p.name for p in path.parent.iterdir()] == ["picture.png"]  # nothing half-written left behind
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "I;16", "CMYK"])
-def test_every_kind_of_picture_loads(tmp_path, mode):
-    grey = np.tile(np.linspace(0, 255, 8, dtype=np.uint8), (6, 1))
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
-    image.save(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"))
-    x = load_image(next(tmp_path.iterdir()))
-    assert x.shape == (1, 3, 6, 8) and x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
-    if mode not in ("1", "CMYK"):
-        assert (to_uint8(x)[0, 0].numpy() - grey.astype(int)).max() <= 1
-    assert load_image(next(tmp_path.iterdir()), size=(4, 5), channels=1).shape == (1, 1, 4, 5)
-
-
-def test_transparency_is_white(tmp_path):
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "x.png")
-    assert (load_image(tmp_path / "x.png") == 1).all()
+    assert [p.name for p in path.parent.iterdir()] == ["image.png"]  # nothing half-written left behind
 
 
 def test_grid_and_gif(tmp_path):
@@ -47,6 +29,16 @@ def test_grid_and_gif(tmp_path):
         gif.seek(4)
         assert gif.info["duration"] == 1500
     assert to_pil(x[0], scale=3).size == (9, 12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nothing_that_is_not_finite_is_saved(tmp_path, value):
+    x = torch.zeros(3, 4, 4)
+    x[0, 1, 2] = value
+    for save in (lambda: to_uint8(x), lambda: save_image(x, tmp_path / "x.png"), lambda: save_gif([x], tmp_path / "x.gif")):
+        with pytest.raises(FloatingPointError, match="the image has 1 of 48 values that are NaN or infinite: .*float32"):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_digits():
@@ -63,20 +55,3 @@ def test_sample_digits():
 def test_bad_tensors(image, message):
     with pytest.raises(ValueError, match=message):
         check_image(image)
-
-
-def test_bad_files(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
-    whole = tmp_path / "whole.png"
-    Image.effect_noise((64, 64), 50).save(whole)
-    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no such file"):
-        load_image(tmp_path / "absent.png")
-    for name in ("text.png", "half.png"):
-        with pytest.raises(ValueError, match=f"{name}.*not a readable picture"):
-            load_image(tmp_path / name)
-    with pytest.raises(ValueError, match="channels = 4"):
-        load_image(whole, channels=4)
-    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    with pytest.raises(ValueError, match="dot.png' has 1 x 1 pixels: give at least 2 x 2"):
-        load_image(tmp_path / "dot.png")
