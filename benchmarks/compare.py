@@ -1,11 +1,11 @@
 """Every method of constrained sampling on the same network, pictures and seeds: quality against cost.
 
-    python benchmarks/compare.py [--models mnist tiny] [--tasks half hole ...] [--methods paper fast ...]
+    python benchmarks/compare.py [--models mnist tiny] [--tasks half hole ...] [--methods newton fast ...]
                                  [--budgets 20 44 100 220 1000] [--images 256] [--compile] [--quick]
 
 Tasks: right half missing, centre hole, brush strokes, 90 % of the pixels missing, x4 super-resolution, blur with noise of
 sigma_y = 0.05. A budget is a number of network evaluations, a backward pass counted as one more; METHODS in ldm/comparison.py and
-benchmarks/foreign.py (other people's implementations: azula, deepinv) have each method's settings for it.
+OTHERS in benchmarks/foreign.py (other people's implementations: azula, deepinv) have each method's settings for it.
 
 Appends one row per (model, task, method, budget, images) to --out/compare.csv and skips rows that are there, so that an
 interrupted run goes on and a deleted line is made anew; what was sampled is kept in outputs/compare/ for paired differences. Then
@@ -27,32 +27,33 @@ from compare_report import report
 from compare_tasks import MODELS, TASKS
 from tqdm import tqdm
 
-from ldm import comparison
-from ldm.comparison import append, in_table, intervals, plain, rows, run, step_memory
+from ldm.comparison import METHODS, intervals, run, step_memory, unconstrained
+from ldm.table import append_row, in_table, read_rows
 from ldm.util import resolve_device
 
-METHODS = comparison.METHODS | foreign.METHODS
+ALL_METHODS = METHODS | foreign.OTHERS
 
 
 def memory(path, key, task, chosen, device):
     """{memory, memory_plain} of a method on a task: of the table if it is there, otherwise measured."""
     same = ("model", "task", "method")
-    known = [row for row in rows(path) if all(row[k] == key[k] for k in same) and row["memory"]]
+    known = [row for row in read_rows(path) if all(row[k] == key[k] for k in same) and row["memory"]]
     if known:
         return {k: float(known[0][k]) for k in ("memory", "memory_plain")}
-    return dict(memory=step_memory(task, *chosen, device), memory_plain=step_memory(task, plain, dict(newton_steps=0), device))
+    plain = step_memory(task, unconstrained, dict(newton_steps=0), device)
+    return dict(memory=step_memory(task, *chosen, device), memory_plain=plain)
 
 
 def file_of(kept, key):
     """Where the samples of a row are kept."""
-    return kept / "{model}-{images}-{task}-{method}-{budget}.pt".format(**key).replace(" ", "_")
+    return kept / "{model}-{images}-{task}-{method}-{budget}.pt".format(**key)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mnist"], choices=list(MODELS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(ALL_METHODS), metavar="METHOD", help=", ".join(ALL_METHODS))
     parser.add_argument("--budgets", nargs="+", type=int, default=[20, 44, 100, 220], help="network evaluations, 20 to 1000")
     parser.add_argument("--images", type=int, help="how many (mnist: 256, at most 1000; tiny: 128, at most 128)")
     parser.add_argument("--batch", type=int, default=32)
@@ -71,8 +72,8 @@ def main(argv=None):
     for name in args.models:
         if args.images and not 2 <= args.images <= MODELS[name].most:
             parser.error(f"--images {args.images}: give a number from 2 to {MODELS[name].most} for {name}")
-    asked = args.methods or list(METHODS)
-    missing = [m for m in asked if m.split()[0] in foreign.MISSING]
+    asked = args.methods or list(ALL_METHODS)
+    missing = [m for m in asked if m.split("-")[0] in foreign.MISSING]
     if missing:
         words = f"{' and '.join(foreign.MISSING)} not installed (pip install {' '.join(foreign.MISSING)})"
         if args.methods:
@@ -95,7 +96,7 @@ def main(argv=None):
             if in_table(path, key):
                 continue
             task = model.task(task_name)
-            chosen = METHODS[method](budget, task)
+            chosen = ALL_METHODS[method](budget, task)
             if chosen is None:
                 continue
             bar.set_description(f"{task_name}, {method}, {budget}")
@@ -103,8 +104,8 @@ def main(argv=None):
             costs |= memory(path, key, task, chosen, device)
             values = model.measure(x, task)
             torch.save(dict(x=x.cpu(), **values), file_of(kept, key))
-            append(path, key | costs | intervals(values, model.reference))
-        report(rows(path), name, model, args.out, lambda key: file_of(kept, key))
+            append_row(path, key | costs | intervals(values, model.reference))
+        report(read_rows(path), name, model, args.out, lambda key: file_of(kept, key))
 
 
 if __name__ == "__main__":

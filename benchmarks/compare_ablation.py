@@ -12,8 +12,9 @@ from pathlib import Path
 import compare_tasks as tasks
 from tqdm import tqdm
 
-from ldm.comparison import append, in_table, intervals, rows, run
+from ldm.comparison import intervals, run
 from ldm.solver import fast_sampler, steps_for
+from ldm.table import append_row, in_table, read_rows
 from ldm.util import resolve_device
 
 VARIANTS = {
@@ -68,8 +69,8 @@ def main():
         counted = {k: changed[k] for k in ("late", "vectors", "grid") if k in changed}
         steps = steps_for(args.budget, task.schedule, **counted)
         x, costs = run(task, fast_sampler, dict(steps=steps, **task.noise, **changed), args.batch, device, bar)
-        append(path, key | costs | intervals(model.measure(x, task), model.reference))
-    found = sorted((row for row in rows(path)), key=lambda row: (args.tasks + tasks.TASKS).index(row["task"]))
+        append_row(path, key | costs | intervals(model.measure(x, task), model.reference))
+    found = sorted((row for row in read_rows(path)), key=lambda row: (args.tasks + tasks.TASKS).index(row["task"]))
     path.with_suffix(".md").write_text(table(found))
     print(table(found))
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import foreign
 import matplotlib
 import torch
 
@@ -9,20 +10,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
-from ldm.comparison import NAMES, TASKS, evaluations, head, markdown, measured  # noqa: E402
+from ldm import comparison  # noqa: E402
+from ldm.comparison import TASKS  # noqa: E402
 from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
+from ldm.table import NAMES, evaluations, markdown, measures_in, table_head  # noqa: E402
 
+LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()}
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
 FAMILIES = {  # family: (colour, its methods in the order of the line styles)
     "ours": ("#d62728", ["fast"]),
-    "the paper's loop": ("#1f4e9c", ["paper", "paper, lr 0.1, eta 1"]),
-    "back-propagating": ("#2a8c4a", ["gradient steps", "DPS", "PSLD"]),
+    "the paper's loop": ("#1f4e9c", ["newton", "newton-eta1"]),
+    "back-propagating": ("#2a8c4a", ["gradient", "DPS", "PSLD"]),
     "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint"]),
-    "azula, back-propagating": ("#7b3fa0", ["azula MMPS", "azula TMPD", "azula PGDM", "azula DPS"]),
-    "azula, without Jacobian": ("#b9a032", ["azula DiffPIR", "azula RePaint"]),
-    "deepinv": ("#4d4d4d", ["deepinv PiGDM", "deepinv DPS", "deepinv DDRM", "deepinv DiffPIR"]),
+    "azula, back-propagating": ("#7b3fa0", ["azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS"]),
+    "azula, without Jacobian": ("#b9a032", ["azula-DiffPIR", "azula-RePaint"]),
+    "deepinv": ("#4d4d4d", ["deepinv-PiGDM", "deepinv-DPS", "deepinv-DDRM", "deepinv-DiffPIR"]),
 }
-BACK_PROPAGATING = ["gradient steps", "DPS", "PSLD", *FAMILIES["azula, back-propagating"][1], "deepinv PiGDM", "deepinv DPS"]
+BACK_PROPAGATING = ["gradient", "DPS", "PSLD", *FAMILIES["azula, back-propagating"][1], "deepinv-PiGDM", "deepinv-DPS"]
 LINES, MARKERS = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))], "osD^"
 
 
@@ -31,7 +35,7 @@ def report(rows, name, model, out, file_of):
     rows = _most_images([row for row in rows if row["model"] == name])
     if not rows:
         return
-    text = "\n".join(markdown(rows, name, model.features) + differences(rows, model, file_of)) + "\n"
+    text = "\n".join(markdown(rows, name, model.features, LABELS) + differences(rows, model, file_of)) + "\n"
     (out / f"compare-{name}.md").write_text(text)
     curves(rows, out / f"compare-{name}.png")
     ranking(rows, out / f"compare-{name}-ranking.png")
@@ -49,11 +53,11 @@ def _most_images(rows):
 def differences(rows, model, file_of):
     """Two tables of paired differences, image by image: `fast` minus the paper's loop at 220 evaluations in each of its settings,
     and minus every back-propagating method at equal time and at its dearest."""
-    measures, lines = measured(rows), []
+    measures, lines = measures_in(rows), []
     of = lambda task, test: [r for r in rows if r["task"] == task and test(r)]  # noqa: E731
     ours = sorted((r for r in rows if r["method"] == "fast"), key=lambda r: int(r["budget"]))
     ours = [r for task in TASKS for r in ours if r["task"] == task]
-    pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: r["method"].startswith("paper") and r["budget"] == "220")]
+    pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: r["method"].startswith("newton") and r["budget"] == "220")]
     lines += _differences("fast minus the paper's loop at 220 evaluations, paired", "", pairs, measures, model, file_of)
     pairs = []
     for a in (r for r in ours if r["budget"] == "44"):
@@ -79,10 +83,10 @@ def _differences(title, note, pairs, measures, model, file_of):
             worse, better = (low > 0, high < 0) if m in LOWER_IS_BETTER else (high < 0, low > 0)
             cells.append(f"{middle:+.3g} [{low:+.3g}, {high:+.3g}]{' worse' if worse else ' better' if better else ''}")
         costs = [f"{evaluations(r):.0f}, {float(r['seconds']):.3f} s" for r in (a, b)]
-        lines.append(f"| {TASKS[a['task']]} | {costs[0]} | {b['method']}: {costs[1]} | {n} | {' | '.join(cells)} |")
+        lines.append(f"| {TASKS[a['task']]} | {costs[0]} | {LABELS[b['method']]}: {costs[1]} | {n} | {' | '.join(cells)} |")
     if not lines:
         return []
-    return ["", f"## {title}", *(["", note] if note else []), "", *head("task | fast | the other | images", measures), *lines]
+    return ["", f"## {title}", *(["", note] if note else []), "", *table_head("task | fast | the other | images", measures), *lines]
 
 
 def _difference(ours, theirs, measure, n, reference):
@@ -100,7 +104,7 @@ def _difference(ours, theirs, measure, n, reference):
 def ranking(rows, path, budget="44", reference="220"):
     """The methods at one budget, the best on top, by LPIPS with its interval, or PSNR where LPIPS is missing. A panel for each task
     that at least two methods were run on; the dashed line is the paper's loop at the budget `reference`."""
-    measure = "lpips" if "lpips" in measured(rows) else "psnr"
+    measure = "lpips" if "lpips" in measures_in(rows) else "psnr"
     panels = {t: [r for r in rows if r["task"] == t and r["budget"] == budget] for t in TASKS}
     panels = {t: found for t, found in panels.items() if len(found) > 1}
     if not panels:
@@ -120,9 +124,9 @@ def ranking(rows, path, budget="44", reference="220"):
             ax.plot([low, high], [y, y], color=colour[r["method"]], lw=2, alpha=0.45)
             ax.plot(value, y, "o", color=colour[r["method"]], ms=9 if r["method"] == "fast" else 5.5)
         for r in rows:
-            if (r["task"], r["method"], r["budget"]) == (task, "paper", reference):
-                ax.axvline(float(r[measure]), color=colour["paper"], ls=(0, (4, 3)), lw=1)
-        ax.set_yticks(range(len(found)), [r["method"] for r in found], fontsize=8.5)
+            if (r["task"], r["method"], r["budget"]) == (task, "newton", reference):
+                ax.axvline(float(r[measure]), color=colour["newton"], ls=(0, (4, 3)), lw=1)
+        ax.set_yticks(range(len(found)), [LABELS[r["method"]] for r in found], fontsize=8.5)
         for label, r in zip(ax.get_yticklabels(), found, strict=True):
             label.set(color=colour[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
         values = [float(r[measure]) for r in found]
@@ -135,7 +139,9 @@ def ranking(rows, path, budget="44", reference="220"):
         ax.spines[["top", "right", "left"]].set_visible(False)
     present = {r["method"] for found in panels.values() for r in found}
     handles = [plt.Line2D([], [], color=c, marker="o", lw=2, label=f) for f, (c, ms) in FAMILIES.items() if present & set(ms)]
-    handles += [plt.Line2D([], [], color=colour["paper"], ls=(0, (4, 3)), lw=1, label=f"the paper's loop, {reference} evaluations")]
+    handles += [
+        plt.Line2D([], [], color=colour["newton"], ls=(0, (4, 3)), lw=1, label=f"the paper's loop, {reference} evaluations")
+    ]
     fig.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     better = "lower" if measure in LOWER_IS_BETTER else "higher"
     fig.suptitle(f"{NAMES[measure]} at {budget} evaluations of the network, {better} is better", fontsize=12)
@@ -145,7 +151,7 @@ def ranking(rows, path, budget="44", reference="220"):
 
 def curves(rows, path):
     """Quality against seconds: one row of panels per task, one curve per method, a colour for each family of methods."""
-    measures, tasks = [m for m in ("lpips", "kid", "accuracy", "residual") if m in measured(rows)], {row["task"] for row in rows}
+    measures, tasks = [m for m in ("lpips", "kid", "accuracy", "residual") if m in measures_in(rows)], {row["task"] for row in rows}
     tasks = [task for task in TASKS if task in tasks]
     present = {row["method"] for row in rows}
     families = {f: [m for m in methods if m in present] for f, (_, methods) in FAMILIES.items()}
@@ -167,8 +173,9 @@ def curves(rows, path):
     for i, (family, methods) in enumerate(families.items()):
         handles = [plt.Line2D([], [], **_style(family, m)) for m in methods]
         corner = 0.02 + 0.965 * i / len(families), 1 - 0.08 / height
-        fig.legend(handles, methods, title=family, loc="upper left", bbox_to_anchor=corner, fontsize=9, title_fontsize=9.5,
-                   frameon=False, handlelength=3.2, alignment="left")  # fmt: skip
+        fig.legend(
+            handles, [LABELS[m] for m in methods], title=family, loc="upper left", bbox_to_anchor=corner, fontsize=9,
+            title_fontsize=9.5, frameon=False, handlelength=3.2, alignment="left")  # fmt: skip
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -187,7 +194,7 @@ def _curve(ax, rows, measure, family, method):
     style = _style(family, method)
     if measure == "residual":
         y = [max(v, 1e-4) for v in y]  # what is met to rounding lies on the lower edge
-    elif method in ("fast", "paper"):
+    elif method in ("fast", "newton"):
         ax.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
     ax.plot(x, y, **style)
 

@@ -19,6 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ldm.comparison import NO_DECODER, ONLY_MASKS, Method
 from ldm.newton_sampler import State, _Counted, seeded_noise
 from ldm.operators import Mask
 from ldm.schedules import CLEAN
@@ -222,25 +223,20 @@ class Noise(TorchFunctionMode):
         return out
 
 
-def _masked(task):
-    return task.linear and isinstance(task.A, Mask)
-
-
-def _pixels(task):
-    return task.linear and task.first_stage is None
-
-
-# As METHODS of ldm/comparison.py: name -> (budget, task) -> (sampler, settings), or None where the method does not apply.
-METHODS = {
-    "azula DPS": lambda n, task: (azula("DPS"), dict(steps=n // 2)),
-    "azula PGDM": lambda n, task: (azula("PGDM"), dict(steps=n // 2)) if task.linear else None,
-    "azula TMPD": lambda n, task: (azula("TMPD"), dict(steps=n // 3, **task.noise)) if task.linear else None,
-    "azula MMPS": lambda n, task: (azula("MMPS"), dict(steps=n // 3, sigma_y=task.sigma_y)),
-    "azula DiffPIR": lambda n, task: (azula("DiffPIR"), dict(steps=n, **task.noise)) if task.linear else None,
-    "azula RePaint": lambda n, task: (azula("RePaint"), dict(steps=n // 3)) if _masked(task) else None,
-    "deepinv DPS": lambda n, task: (deepinv("DPS"), dict(steps=n // 2, **task.noise)) if _pixels(task) else None,
-    "deepinv PiGDM": lambda n, task: (deepinv("PiGDM"), dict(steps=n // 2, **task.noise)) if _pixels(task) else None,
-    "deepinv DiffPIR": lambda n, task: (deepinv("DiffPIR"), dict(steps=n, **task.noise)) if _pixels(task) else None,
-    "deepinv DDRM": lambda n, task: (deepinv("DDRM"), dict(steps=n, **task.noise)) if _pixels(task) else None,
+ONLY_PIXELS = "only models of pixels", lambda task: task.linear and task.first_stage is None
+OTHERS = {
+    method.name: method
+    for method in (
+        Method("azula-DPS", azula("DPS"), lambda n, task: dict(steps=n // 2), label="azula DPS"),
+        Method("azula-PGDM", azula("PGDM"), lambda n, task: dict(steps=n // 2), NO_DECODER, "azula PGDM"),
+        Method("azula-TMPD", azula("TMPD"), lambda n, task: dict(steps=n // 3, **task.noise), NO_DECODER, "azula TMPD"),
+        Method("azula-MMPS", azula("MMPS"), lambda n, task: dict(steps=n // 3, sigma_y=task.sigma_y), label="azula MMPS"),
+        Method("azula-DiffPIR", azula("DiffPIR"), lambda n, task: dict(steps=n, **task.noise), NO_DECODER, "azula DiffPIR"),
+        Method("azula-RePaint", azula("RePaint"), lambda n, task: dict(steps=n // 3), ONLY_MASKS, "azula RePaint"),
+        Method("deepinv-DPS", deepinv("DPS"), lambda n, task: dict(steps=n // 2, **task.noise), ONLY_PIXELS, "deepinv DPS"),
+        Method("deepinv-PiGDM", deepinv("PiGDM"), lambda n, task: dict(steps=n // 2, **task.noise), ONLY_PIXELS, "deepinv PiGDM"),
+        Method("deepinv-DiffPIR", deepinv("DiffPIR"), lambda n, task: dict(steps=n, **task.noise), ONLY_PIXELS, "deepinv DiffPIR"),
+        Method("deepinv-DDRM", deepinv("DDRM"), lambda n, task: dict(steps=n, **task.noise), ONLY_PIXELS, "deepinv DDRM"),
+    )
 }
 MISSING = [package for package in ("azula", "deepinv") if find_spec(package) is None]

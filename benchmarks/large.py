@@ -33,7 +33,7 @@ from ldm.util import ROOT, resolve_device
 SIZES = ((512, 512), (512, 1024), (1024, 1024), (512, 2048), (1024, 2048))
 
 
-def measured(work, memory, device):
+def costs(work, memory, device):
     """(seconds, MiB above the weights) of work(), as text."""
     memory.restart()
     start = now(device)
@@ -65,7 +65,7 @@ def table(args, device):
             D.tile(64 if windows else None, overlap=0.5, batch=args.batch)
             autoencoder.tile(512 if windows else None)
             count = (height // 256 - 1) * (width // 256 - 1) if windows else ""
-            cells = *measured(lambda: D(x, 500), memory, device), *measured(lambda: model.decode(x), memory, device)  # noqa: B023
+            cells = *costs(lambda: D(x, 500), memory, device), *costs(lambda: model.decode(x), memory, device)  # noqa: B023
             lines.append(f"| {height} x {width} | {'windows' if windows else 'all at once'} | {count} | {' | '.join(cells)} |")
             path.write_text("\n".join(lines) + "\n")
     print(path.read_text())

@@ -41,7 +41,7 @@ from ldm.util import ROOT, instantiate_from_config, load_config, resolve_device
 
 COMPILATION = 120  # seconds, about, that a group's compilation needs: it is not begun later
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-METHODS = ("plain", "paper", "fast", "gradient")
+KINDS = ("plain", "newton", "fast", "gradient")
 
 
 class Group(NamedTuple):
@@ -159,8 +159,8 @@ class Problem:
 
     def states(self, method, D, constraint):
         steps = {} if self.steps is None else {"steps": max(3, round(1.2 * self.steps)) if method == "fast" else self.steps}
-        h = {"h": H[DTYPES[self.group.dtype]]} if method in ("paper", "fast") else {}
-        sampler = {"plain": newton_sampler, "paper": newton_sampler, "fast": fast_sampler, "gradient": gradient_steps}[method]
+        h = {"h": H[DTYPES[self.group.dtype]]} if method in ("newton", "fast") else {}
+        sampler = {"plain": newton_sampler, "newton": newton_sampler, "fast": fast_sampler, "gradient": gradient_steps}[method]
         return sampler(D, constraint, self.shape, range(self.group.batch), **steps, **h, device=self.device)
 
 
@@ -178,7 +178,7 @@ def measure(problem, method, flop, rate, memory, deadline):
     with torch.inference_mode():
         D(torch.zeros(problem.shape, device=device), 500)
     steps = problem.steps or 20
-    evaluations = {"plain": 1, "paper": 11, "fast": 2.2, "gradient": 18}[method] * steps  # about, a backward pass as one or two
+    evaluations = {"plain": 1, "newton": 11, "fast": 2.2, "gradient": 18}[method] * steps  # about, a backward pass as one or two
     if now(device) + evaluations * (now(device) - start) > deadline:
         return None
 
@@ -307,7 +307,7 @@ def main():
             model, loaded = random_model(DTYPES[group.dtype], device, args.quick), group.dtype
         torch.compiler.reset()  # graphs of other shapes keep their memory
         memory, problem, own = PeakMemory(device), Problem(model, group, pixels, device, args.steps), []
-        for method in METHODS:
+        for method in KINDS:
             row = measure(problem, method, flop, rate, memory, deadline)
             if row is None:
                 left_out.append(f"{group}, {method}")

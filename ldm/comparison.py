@@ -1,12 +1,12 @@
-"""Methods of constrained sampling on equal terms: tasks, settings for a budget of network evaluations, costs, rows of a table.
+"""Methods of constrained sampling on equal terms: tasks, settings for a budget of network evaluations, costs, measures.
 
 What benchmarks/compare.py (the shipped models) and ldm/evaluate.py (your pictures) share.
 """
 
-import csv
 import os
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -19,20 +19,11 @@ from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, 
 from ldm.newton_sampler import newton_sampler
 from ldm.operators import Mask, downsample, gaussian_blur, measure
 from ldm.solver import fast_sampler, steps_for
-from ldm.util import atomic_write
+from ldm.table import PER_IMAGE
 
 NOISE = 0.05
 TASKS = {"half": "right half missing", "hole": "centre hole", "strokes": "brush strokes", "sparse": "90 % of pixels missing",
          "sr4": "x4 super-resolution", "blur": "blur, noise 0.05"}  # fmt: skip
-PER_IMAGE = ["residual", "psnr", "ssim", "lpips", "accuracy"]  # one number per image; kid is one of the whole set
-MEASURES = [*PER_IMAGE, "kid"]
-NAMES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "accuracy": "label accuracy",
-         "kid": "KID"}  # fmt: skip
-KEY = ["model", "task", "method", "budget", "images"]  # what tells one row from another
-COSTS = ["nfe_forward", "nfe_backward", "seconds", "memory", "memory_plain"]
-COLUMNS = KEY + COSTS + [measure + end for measure in MEASURES for end in ("", "_low", "_high")]
-
-
 # ---- tasks
 
 
@@ -108,46 +99,75 @@ def large(x):
 # ---- methods
 
 
-def newton(n, **settings):
+EVERY_TASK = "every task", lambda task: True
+NO_DECODER = "no task through the decoder", lambda task: task.linear
+ONLY_DECODER = "only tasks through the decoder", lambda task: task.encode is not None
+ONLY_MASKS = "only masks on x_t itself", lambda task: task.linear and isinstance(task.A, Mask)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler with its settings for any budget. Called with (budget, task): (sampler, settings), or None where it does not apply.
+
+    name      on command lines and in csv files
+    sampler   a generator of State with the arguments (D, constraint, shape, seeds, device, **settings)
+    settings  (budget, task) -> dict. The budget is a number of network evaluations, a backward pass counted as one more, which the
+              settings approach from below; what is not set is the sampler's default, the paper's
+    takes     which tasks, in words and as a test
+    label     in tables and figures; "": the name
+    """
+
+    name: str
+    sampler: Callable
+    settings: Callable[[int, "Task"], dict]
+    takes: tuple[str, Callable[["Task"], bool]] = EVERY_TASK
+    label: str = ""
+
+    def __call__(self, budget, task):
+        return (self.sampler, self.settings(budget, task)) if self.takes[1](task) else None
+
+
+def newton_settings(n):
     """The paper's loop: 20 diffusion steps of as many inner steps, 1 to 5, as n allows; below 60 fewer diffusion steps of one inner
     step each, above 220 (the paper's number) more of five."""
     inner = max(1, min(5, (n // 20 - 1) // 2))
     steps = n // (1 + 2 * inner)
-    return newton_sampler, dict(steps=steps if n > 220 else min(20, steps), newton_steps=inner, **settings)
+    return dict(steps=steps if n > 220 else min(20, steps), newton_steps=inner)
 
 
-def gradients(n):
+def gradient_settings(n):
     """As the paper's loop: an inner step costs one forward and one backward evaluation."""
-    settings = newton(n)[1]
-    return gradient_steps, dict(steps=settings["steps"], gradient_steps=settings["newton_steps"])
+    settings = newton_settings(n)
+    return dict(steps=settings["steps"], gradient_steps=settings["newton_steps"])
 
 
-# name -> (budget n, task) -> (sampler, settings), or None where the method does not apply. n is a number of network evaluations, a
-# backward pass counted as one more, which the settings approach from below; what is not set is the method's default, the paper's.
-#   paper             see `newton`: as published; and with the constant step of its super-resolution and ancestral noise
-#   fast              as many diffusion steps as n allows, at most 200
-#   gradient steps    see `gradients`
-#   DPS, PSLD         n / 2 steps of one forward and one backward evaluation
-#   MPGD, DDNM, DiffPIR   n steps
-#   RePaint           n / 10 steps, each taken 10 times, but the last once
 METHODS = {
-    "paper": lambda n, task: newton(n),
-    "paper, lr 0.1, eta 1": lambda n, task: newton(n, lr=0.1, eta=1.0),
-    "fast": lambda n, task: (fast_sampler, dict(steps=steps_for(n, task.schedule), **task.noise)),
-    "gradient steps": lambda n, task: gradients(n),
-    "DPS": lambda n, task: (dps, dict(steps=n // 2)),
-    "PSLD": lambda n, task: (psld, dict(steps=n // 2, encode=task.encode)) if task.encode else None,
-    "MPGD": lambda n, task: (mpgd, dict(steps=n)) if task.linear else None,
-    "DDNM": lambda n, task: (ddnm, dict(steps=n, **task.noise)) if task.linear else None,
-    "RePaint": lambda n, task: (repaint, dict(steps=(n + 9) // 10)) if task.linear and isinstance(task.A, Mask) else None,
-    "DiffPIR": lambda n, task: (diffpir, dict(steps=n, **task.noise)) if task.linear else None,
-}
+    method.name: method
+    for method in (
+        Method("newton", newton_sampler, lambda n, task: newton_settings(n)),
+        # The constant step of the paper's super-resolution, and ancestral noise.
+        Method("newton-eta1", newton_sampler, lambda n, task: newton_settings(n) | dict(lr=0.1, eta=1.0),
+               label="newton, lr 0.1, eta 1"),
+        # As many diffusion steps as n allows, at most 200.
+        Method("fast", fast_sampler, lambda n, task: dict(steps=steps_for(n, task.schedule), **task.noise)),
+        Method("gradient", gradient_steps, lambda n, task: gradient_settings(n), label="gradient steps"),
+        # One forward and one backward evaluation a step.
+        Method("DPS", dps, lambda n, task: dict(steps=n // 2)),
+        Method("PSLD", psld, lambda n, task: dict(steps=n // 2, encode=task.encode), ONLY_DECODER),
+        Method("MPGD", mpgd, lambda n, task: dict(steps=n), NO_DECODER),
+        Method("DDNM", ddnm, lambda n, task: dict(steps=n, **task.noise), NO_DECODER),
+        # Each step is taken ten times, but the last once.
+        Method("RePaint", repaint, lambda n, task: dict(steps=(n + 9) // 10), ONLY_MASKS),
+        Method("DiffPIR", diffpir, lambda n, task: dict(steps=n, **task.noise), NO_DECODER),
+    )
+}  # fmt: skip
+LABELS = TASKS | {method.name: method.label or method.name for method in METHODS.values()}  # of tables and figures
 
 
 # ---- running them
 
 
-class Counted:
+class EvaluationCounter:
     """D, counting images x forward and x backward evaluations."""
 
     def __init__(self, D):
@@ -170,7 +190,7 @@ def run(task, sampler, settings, batch, device, bar=None):
     An image's seed is its number, in whatever batch it is. Seconds are this process's CPU seconds, on a GPU wall seconds: the
     median of the batches, since the first may compile, and a busy machine slows some.
     """
-    D, out, seconds = Counted(task.D), [], []
+    D, out, seconds = EvaluationCounter(task.D), [], []
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     for start in range(0, len(task.images), batch):
         part = slice(start, min(start + batch, len(task.images)))
@@ -192,7 +212,7 @@ def step_memory(task, sampler, settings, device, n=8):
     """Peak MiB per image that a sampler allocates up to the end of its first diffusion step (of all steps, if it yields but one
     State): by torch's profiler on the CPU, by CUDA's statistics on a GPU. None elsewhere."""
     n = min(n, len(task.images))
-    constraint = task.constraint(slice(0, n)) if sampler is not plain else None
+    constraint = task.constraint(slice(0, n)) if sampler is not unconstrained else None
     arguments = dict(shape=(n, *task.shape), seeds=range(n), device=device)
     step = lambda: next(sampler(task.D, constraint, **arguments, **settings))  # noqa: E731
     step()  # what is made once (a prompt's tokens, an operator's matrices) is no part of a step
@@ -210,7 +230,7 @@ def step_memory(task, sampler, settings, device, n=8):
     return torch.tensor([e.nbytes() for e in events]).cumsum(0).max().item() / n / 2**20
 
 
-def plain(D, constraint, **settings):
+def unconstrained(D, constraint, **settings):
     """Sampling without a constraint, for `step_memory`."""
     return newton_sampler(D, None, **settings)
 
@@ -230,65 +250,3 @@ def intervals(values, reference):
 
 def _interval(name, mean, samples):
     return dict(zip((name, f"{name}_low", f"{name}_high"), (mean, *interval(samples)), strict=True))
-
-
-# ---- the table
-
-
-def rows(path):
-    """The rows of a table, dicts of strings; none if there is no file. To have a row made anew, delete its line."""
-    if not Path(path).is_file():
-        return []
-    with Path(path).open(newline="") as file:
-        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
-
-
-def in_table(path, key):
-    return any(all(row[k] == str(v) for k, v in key.items()) for row in rows(path))
-
-
-def append(path, row):
-    """Add a row: the whole table is written beside the old one and takes its place, so that it is never cut off."""
-    row = {k: f"{v:.5g}" if isinstance(v, float) else "" if v is None else v for k, v in row.items()}
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows([*rows(path), row])
-
-
-def measured(rows):
-    """Those of MEASURES that some row has a number of."""
-    return [m for m in MEASURES if any(row[m] not in ("", "nan") for row in rows)]
-
-
-def markdown(rows, title, features):
-    """The lines of a table for each task of the rows (of `rows`), cheapest first. features: in words, what KID is measured in."""
-    measures, counts = measured(rows), sorted({int(row["images"]) for row in rows})
-    images = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
-    lines = [f"# {title}, {images} images", "",
-             "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward. "
-             "MiB: peak memory of one diffusion step, and its ratio to a step without constraint. Measurement RMSE: over the known "
-             f"pixels, or what else was measured. KID: in {features}."]  # fmt: skip
-    if "lpips" not in measures and lpips_weights() is None:
-        lines += ["LPIPS is left out: AlexNet's weights are missing (make data-lpips)."]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        lines += ["", f"## {TASKS.get(task, task)}", ""]
-        lines += head("method | images | evaluations | s per image | MiB per image", measures)
-        for row in sorted((r for r in rows if r["task"] == task), key=evaluations):
-            backward = f" + {float(row['nfe_backward']):.0f}" if float(row["nfe_backward"]) else ""
-            memory, without = (float(row[k] or "nan") for k in ("memory", "memory_plain"))
-            cells = [row["method"], row["images"], f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.3f}",
-                     f"{memory:.2f} (x {memory / without:.2f})"]  # fmt: skip
-            cells += [f"{float(row[m]):.3g} [{float(row[m + '_low']):.3g}, {float(row[m + '_high']):.3g}]" for m in measures]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def head(columns, measures):
-    """The two lines that begin a Markdown table."""
-    columns = [*columns.split(" | "), *(NAMES[m] for m in measures)]
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-
-
-def evaluations(row):
-    return float(row["nfe_forward"]) + float(row["nfe_backward"])

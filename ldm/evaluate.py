@@ -1,11 +1,11 @@
 """Measure a method of constrained sampling on a folder of pictures, on one or more devices (Lightning):
 
-    python -m ldm.evaluate data=/folder [model=sd-v1-4.ckpt] [task=inpaint] [method=newton] [key=value ...]
+    python -m ldm.evaluate data=/folder [model=sd-v1-4.ckpt] [task=half] [method=newton] [key=value ...]
 
     data         folder of pictures of any size; their middle square, reduced or enlarged to what the model takes, is the truth
     model        tiny          a shipped model or the path of a .ckpt or .safetensors file; config, prediction: as of `load_model`
-    task         inpaint       half (inpaint), hole, strokes, sparse, sr4 (superres), sr8 ..., blur: see ldm/comparison.py
-    method       newton        paper (newton), fast, DPS ...: METHODS in ldm/comparison.py, "with spaces" in quotes
+    task         half          half, hole, strokes, sparse, sr4, sr8 ..., blur: see ldm/comparison.py
+    method       newton        newton, fast, DPS ...: METHODS in ldm/comparison.py
     budget       220           network evaluations, a backward pass counted as one more; 220 with newton are the paper's settings
     prompt       ""            of all pictures, with guidance=1
     limit                      the first so many pictures by name
@@ -32,19 +32,19 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoints import load_model
-from ldm.comparison import KEY, METHODS, Task, append, in_table, intervals, large, markdown, operator, plain, rows, run, step_memory
+from ldm.comparison import LABELS, METHODS, Task, intervals, large, operator, run, step_memory, unconstrained
 from ldm.data.captioned import PICTURES
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import load_image, save_image
 from ldm.metrics import alexnet_features, lpips_weights
 from ldm.newton_sampler import H, newton_sampler
 from ldm.solver import fast_sampler
+from ldm.table import KEY, append_row, in_table, markdown, read_rows
 from ldm.util import atomic_write
 
-DEFAULTS = {"data": None, "model": "tiny", "config": None, "prediction": None, "task": "inpaint", "method": "newton", "budget": 220,
+DEFAULTS = {"data": None, "model": "tiny", "config": None, "prediction": None, "task": "half", "method": "newton", "budget": 220,
             "prompt": "", "guidance": 1.0, "limit": None, "batch": 4, "devices": 1, "accelerator": "auto", "nodes": 1,
             "precision": 32, "out": "outputs/evaluate"}  # fmt: skip
-OTHER_NAMES = {"inpaint": "half", "superres": "sr4", "newton": "paper"}
 PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
 FEATURES = "the means of AlexNet's last convolution, to the pictures themselves"
 
@@ -81,12 +81,12 @@ class Evaluation(pl.LightningModule):
 
     def chosen(self, task):
         """(sampler, settings), or a ValueError where the method does not apply to the task."""
-        method = self.settings["method"]
-        chosen = METHODS[method](self.settings["budget"], task)
+        method = METHODS[self.settings["method"]]
+        chosen = method(self.settings["budget"], task)
         if chosen is None:
-            takes = {"RePaint": "only masks on x_t itself", "PSLD": "only tasks through the decoder"}
-            raise ValueError(f"method = {method} does not apply to task = {task.name} with this model: it takes "
-                             f"{takes.get(method, 'no task through the decoder')}")  # fmt: skip
+            raise ValueError(
+                f"method = {method.name} does not apply to task = {task.name} with this model: it takes {method.takes[0]}"
+            )
         sampler, settings = chosen
         if sampler in (newton_sampler, fast_sampler):
             settings["h"] = H[PRECISIONS[str(self.settings["precision"])] or torch.float32]
@@ -107,7 +107,7 @@ class Evaluation(pl.LightningModule):
         x, costs = run(task, *chosen, len(images), self.device)
         if numbers[0] == 0:
             costs |= dict(memory=step_memory(task, *chosen, self.device),
-                          memory_plain=step_memory(task, plain, dict(newton_steps=0), self.device))  # fmt: skip
+                          memory_plain=step_memory(task, unconstrained, dict(newton_steps=0), self.device))  # fmt: skip
         pictures, nothing = task.pictures(x), torch.full((len(x),), float("nan"))
         of = lambda v: alexnet_features(large(v)) if lpips_weights() else nothing[:, None]  # noqa: E731
         values = task.measure(pictures) | dict(accuracy=nothing, features=of(pictures), reference=of(images))
@@ -141,9 +141,8 @@ def read_settings(overrides):
     if unknown := [key for key in given if key not in DEFAULTS]:
         raise ValueError(f"{unknown[0]}: known are {', '.join(DEFAULTS)}")
     s = DEFAULTS | given
-    s["task"], s["method"] = (OTHER_NAMES.get(s[key], s[key]) for key in ("task", "method"))
     if s["method"] not in METHODS:
-        raise ValueError(f"method = {s['method']}: known are newton, {', '.join(METHODS)}")
+        raise ValueError(f"method = {s['method']}: known are {', '.join(METHODS)}")
     operator(s["task"], 64)
     for key, least in {"budget": 20, "batch": 1, "nodes": 1, **({"limit": 2} if s["limit"] is not None else {})}.items():
         if not isinstance(s[key], int) or s[key] < least:
@@ -198,8 +197,8 @@ def evaluate(settings, files):
             return None
     path = out / "evaluate.csv"
     if not in_table(path, key):
-        append(path, key | gather(folder, blocks))
-    text = "\n".join(markdown(rows(path), out.name, FEATURES)) + "\n"
+        append_row(path, key | gather(folder, blocks))
+    text = "\n".join(markdown(read_rows(path), out.name, FEATURES, LABELS)) + "\n"
     with atomic_write(out / "evaluate.md") as temporary:
         temporary.write_text(text)
     print(text)

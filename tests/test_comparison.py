@@ -12,28 +12,25 @@ from test_newton_sampler import draw
 
 from ldm.checkpoints import load_model
 from ldm.comparison import (
-    COLUMNS,
     METHODS,
     TASKS,
-    Counted,
+    EvaluationCounter,
     Task,
-    append,
-    in_table,
     intervals,
     operator,
-    plain,
-    rows,
     run,
     step_memory,
+    unconstrained,
 )
 from ldm.constraints import DecodedConstraint
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
 from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distance, kernel_parts, kid, lpips_weights
 from ldm.operators import Mask
+from ldm.table import COLUMNS, append_row, in_table, read_rows
 
 CPU = torch.device("cpu")
-ALL = METHODS | {name: m for name, m in foreign.METHODS.items() if name.split()[0] not in foreign.MISSING}
+ALL = METHODS | {name: m for name, m in foreign.OTHERS.items() if name.split("-")[0] not in foreign.MISSING}
 
 
 class Half:
@@ -70,17 +67,17 @@ def test_every_method_keeps_to_its_budget_and_uses_most_of_it(half_task, budget)
 
 
 def test_the_paper_s_loop_at_220_is_the_paper_s(half_task):
-    assert METHODS["paper"](220, half_task("half"))[1] == dict(steps=20, newton_steps=5)
+    assert METHODS["newton"](220, half_task("half"))[1] == dict(steps=20, newton_steps=5)
 
 
 def test_methods_apply_where_they_can(half_task):
     applies = lambda task: {name for name, method in ALL.items() if method(44, task)}  # noqa: E731
     assert set(ALL) - applies(half_task("half")) == {"PSLD"}
-    assert set(ALL) - applies(half_task("blur")) == {"PSLD", "RePaint"} | ({"azula RePaint"} & set(ALL))
+    assert set(ALL) - applies(half_task("blur")) == {"PSLD", "RePaint"} | ({"azula-RePaint"} & set(ALL))
     task = half_task("sr4")
     task.linear, task.first_stage, task.encode = False, object(), lambda x: x
-    left = {"paper", "paper, lr 0.1, eta 1", "fast", "gradient steps", "DPS", "PSLD"}
-    assert applies(task) == left | ({"azula DPS", "azula MMPS"} & set(ALL))
+    left = {"newton", "newton-eta1", "fast", "gradient", "DPS", "PSLD"}
+    assert applies(task) == left | ({"azula-DPS", "azula-MMPS"} & set(ALL))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -122,7 +119,7 @@ def test_a_seed_is_an_image_s_own(gaussian):
 
 def test_evaluations_are_counted_per_image(half_task):
     task = half_task("half")
-    D = Counted(task.D)
+    D = EvaluationCounter(task.D)
     x = torch.randn(3, 1, 32, 32, requires_grad=True)
     torch.autograd.grad(D(x, 5).sum(), x)
     D(x.detach(), 5)
@@ -134,8 +131,8 @@ def test_memory_of_a_step():
     model = load_model("mnist", device="cpu")
     task = Task("half", sample_digits()[0][:4], Denoiser(model.network, model.schedule, model.parameterization), (1, 32, 32))
     of = lambda name: step_memory(task, *METHODS[name](44, task), CPU)  # noqa: E731
-    without = step_memory(task, plain, dict(newton_steps=0), CPU)
-    assert 0.1 < without < 3 and without <= of("paper") < 1.1 * without and of("DPS") > 3 * without
+    without = step_memory(task, unconstrained, dict(newton_steps=0), CPU)
+    assert 0.1 < without < 3 and without <= of("newton") < 1.1 * without and of("DPS") > 3 * without
 
 
 # ---- measures
@@ -185,42 +182,42 @@ def row(task="half", method="fast", budget=44, images=4, seconds=1.0, **values):
 
 def test_rows_are_appended_found_and_removed_by_their_line(tmp_path):
     path = tmp_path / "compare.csv"
-    assert rows(path) == [] and not in_table(path, dict(task="half"))
-    append(path, row())
-    append(path, row(method="paper, lr 0.1, eta 1", memory=None))
-    assert [r["method"] for r in rows(path)] == ["fast", "paper, lr 0.1, eta 1"] and rows(path)[1]["memory"] == ""
+    assert read_rows(path) == [] and not in_table(path, dict(task="half"))
+    append_row(path, row())
+    append_row(path, row(method="newton-eta1", memory=None))
+    assert [r["method"] for r in read_rows(path)] == ["fast", "newton-eta1"] and read_rows(path)[1]["memory"] == ""
     key = {k: row()[k] for k in ("model", "task", "method", "budget", "images")}
     assert in_table(path, key) and not in_table(path, key | dict(images=8)) and list(tmp_path.iterdir()) == [path]
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[2])
-    assert not in_table(path, key) and len(rows(path)) == 1
+    assert not in_table(path, key) and len(read_rows(path)) == 1
 
 
 def test_rows_of_an_older_table_stay(tmp_path):
     path = tmp_path / "compare.csv"
     path.write_text("model,task,method,budget,images,psnr\nm,half,DPS,44,4,20\n")
-    append(path, row())
-    assert [(r["method"], r["psnr"], r["memory"]) for r in rows(path)] == [("DPS", "20", ""), ("fast", "0.5", "0.5")]
+    append_row(path, row())
+    assert [(r["method"], r["psnr"], r["memory"]) for r in read_rows(path)] == [("DPS", "20", ""), ("fast", "0.5", "0.5")]
 
 
 def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
     """`fast` at 44 against the paper at 220, on the images of both, and against DPS at equal time and at its dearest."""
     generator = torch.Generator().manual_seed(0)
-    cost = {("fast", 44): 1.0, ("paper", 220): 5.0, ("DPS", 20): 0.5, ("DPS", 44): 0.9, ("DPS", 100): 2.0, ("DPS", 220): 3.0}
+    cost = {("fast", 44): 1.0, ("newton", 220): 5.0, ("DPS", 20): 0.5, ("DPS", 44): 0.9, ("DPS", 100): 2.0, ("DPS", 220): 3.0}
     table = [row(method="fast", images=2, psnr=9.0), *(row(method=m, budget=b, seconds=s, images=4 if m == "fast" else 6)
                                                       for (m, b), s in cost.items())]  # fmt: skip
     for r in table:
-        append(tmp_path / "compare.csv", r)
+        append_row(tmp_path / "compare.csv", r)
         n = r["images"]
         better = torch.full((n,), 1.0 if r["method"] == "fast" else 0.0)
         values = {m: better + torch.arange(n) for m in ("residual", "psnr", "ssim", "lpips", "accuracy")}
         torch.save(dict(x=torch.zeros(n), features=torch.randn(n, 4, generator=generator), **values), tmp_path / f"{name_of(r)}.pt")
     model = SimpleNamespace(features="some features", reference=torch.randn(9, 4, generator=generator))
-    compare_report.report(rows(tmp_path / "compare.csv"), "m", model, tmp_path, lambda r: tmp_path / f"{name_of(r)}.pt")
+    compare_report.report(read_rows(tmp_path / "compare.csv"), "m", model, tmp_path, lambda r: tmp_path / f"{name_of(r)}.pt")
     text = (tmp_path / "compare-m.md").read_text()
     assert "# m, 4 to 6 images" in text and "| fast | 4 |" in text and "| fast | 2 |" not in text
     against_paper, against_gradients = text.split("## fast minus")[1:]
-    assert "paper: 220, 5.000 s | 4 | +1 [+1, +1] worse | +1 [+1, +1] better" in against_paper  # RMSE, PSNR
+    assert "newton: 220, 5.000 s | 4 | +1 [+1, +1] worse | +1 [+1, +1] better" in against_paper  # RMSE, PSNR
     assert "DPS: 44, 0.900 s | 4" in against_gradients and "DPS: 220, 3.000 s | 4" in against_gradients
     assert "DPS: 20," not in against_gradients and "DPS: 100" not in against_gradients
     assert (tmp_path / "compare-m.png").is_file() and (tmp_path / "compare-m-ranking.png").is_file()
@@ -232,7 +229,7 @@ def name_of(r):
 
 def test_every_method_has_its_place_in_the_figure():
     placed = [m for _, methods in compare_report.FAMILIES.values() for m in methods]
-    assert sorted(placed) == sorted([*METHODS, *foreign.METHODS])
+    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS])
     assert set(compare_report.BACK_PROPAGATING) <= set(placed)
 
 
@@ -251,8 +248,8 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(foreign, "MISSING", ["azula"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        compare.main(["--methods", "azula MMPS"])
-    assert "--methods azula MMPS: azula not installed (pip install azula)" in capsys.readouterr().err
+        compare.main(["--methods", "azula-MMPS"])
+    assert "--methods azula-MMPS: azula not installed (pip install azula)" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -276,6 +273,6 @@ def test_the_quick_mode_writes_its_table_and_goes_on(digits_folder, monkeypatch)
         if again:
             monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("sampled again"))
         compare.main(["--quick", "--methods", "fast", "DDNM", "--data", str(digits_folder), "--device", "cpu"])
-        table = rows(out / "compare.csv")
+        table = read_rows(out / "compare.csv")
         assert len(table) == 2 * 2 * 2 and all(float(r["residual"]) < 0.02 for r in table if r["method"] == "fast")
     assert "x4 super-resolution" in (out / "compare-mnist.md").read_text() and (out / "compare-mnist.png").is_file()

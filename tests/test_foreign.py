@@ -8,7 +8,7 @@ from test_newton_sampler import half_mask
 from test_solver import posterior
 
 from ldm.baselines import dps
-from ldm.comparison import Counted
+from ldm.comparison import EvaluationCounter
 from ldm.constraints import DecodedConstraint, LinearConstraint
 from ldm.operators import Mask, downsample, gaussian_blur, measure
 
@@ -59,7 +59,7 @@ def method(request):
 
 def test_evaluations_are_as_documented(small, method):
     function, settings, forward, backward = method
-    D = Counted(small)
+    D = EvaluationCounter(small)
     state = last(function(D, problem(small, Mask(half_mask()), 4)[0], (4, 1, 8, 8), range(4), **settings))
     assert (state.nfe, D.forward / 4, D.backward / 4) == (forward, forward, backward)
     assert state.x_t.shape == (4, 1, 8, 8) and not state.x_t.requires_grad
