@@ -245,7 +245,7 @@ def profile(device, quick):
             D(x, 500)
             seconds = now(device) - start
             for part, pattern in PARTS.items():
-                for path, module in model.network.named_modules():
+                for path, module in model.unet.named_modules():
                     if re.fullmatch(pattern, path):
                         module.forward = record_function(part)(module.forward)
             with torch.profiler.profile() as profiler:

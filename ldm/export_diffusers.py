@@ -190,7 +190,7 @@ def to_pipeline(model, config):
     model = model.float().cpu()
     text = model.cond_stage_model
     return StableDiffusionPipeline(
-        unet=to_unet(model.network, unet), vae=to_autoencoder(model.first_stage_model, vae, model.scale_factor),
+        unet=to_unet(model.unet, unet), vae=to_autoencoder(model.first_stage_model, vae, model.scale_factor),
         text_encoder=to_text_encoder(text), tokenizer=to_tokenizer(text), scheduler=to_scheduler(model, params),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.tiling import tiled, windows
@@ -155,6 +155,83 @@ def test_remaining_constructor_arguments():
     assert Encoder(**{**SMALL, "double_z": False})(randn(1, 3, 8, 8)).shape == (1, 4, 4, 4)
 
 
+# The quantised latent
+
+
+def quantised(cls=VQModelInterface, n_embed=50, embed_dim=3, **ddconfig):
+    """A narrow VQ autoencoder, its codes spread as widely as its latents."""
+    torch.manual_seed(0)
+    return cls(ddconfig={**SMALL, "double_z": False, "z_channels": 3, **ddconfig}, n_embed=n_embed, embed_dim=embed_dim).eval()
+
+
+@pytest.mark.parametrize("embed_dim", [3, 5])
+def test_vq_model_equals_diffusers(embed_dim):
+    model = quantised(embed_dim=embed_dim, ch_mult=(1, 2, 2))
+    reference = diffusers.VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[32, 64, 64],
+        latent_channels=3,
+        num_vq_embeddings=50,
+        vq_embed_dim=embed_dim,
+    ).eval()
+    reference.load_state_dict(to_diffusers(model.state_dict(), 3), strict=True)
+    x, z = randn(2, 3, 24, 40), randn(2, embed_dim, 6, 10)
+    latents, decoded = model.encode(x), model.decode(z)
+    assert latents.std() > 0.1 and decoded.std() > 0.1
+    torch.testing.assert_close(latents, reference.encode(x).latents, atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded, reference.decode(z).sample, atol=1e-4, rtol=0)
+    plain = model.decode(z, force_not_quantize=True)
+    torch.testing.assert_close(plain, reference.decode(z, force_not_quantize=True).sample, atol=1e-4, rtol=0)
+    assert (plain - decoded).norm() > 0.1 * decoded.norm()
+
+
+def test_the_nearest_code_of_all():
+    """Against every distance written out, in more pixels than one part of the search holds."""
+    quantize, z = quantised().quantize, randn(2, 3, 50, 90)
+    distances = (z[:, None] - quantize.embedding.weight[..., None, None]).square().sum(2)  # [B, n_embed, h, w]
+    assert torch.equal(quantize.indices(z), distances.argmin(1))
+    codes = quantize.embedding.weight[distances.argmin(1)].movedim(-1, 1)
+    torch.testing.assert_close(quantize(z), codes)
+    torch.testing.assert_close(quantize(codes), codes)  # a code is its own nearest
+    assert quantize(z.half()).dtype == torch.float16
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_the_gradient_passes_straight_through_the_quantiser():
+    """The gradient of the decoder at the codes, as if they were z; the derivative forwards likewise."""
+    model, z, w = quantised(), randn(1, 3, 4, 4), randn(1, 3, 4, 4, seed=1)
+    z.requires_grad_()
+    codes = model.quantize(z).detach().requires_grad_()
+    (through,) = torch.autograd.grad(model.decode(z).square().sum(), z)
+    (at_the_codes,) = torch.autograd.grad(model.decode(codes, force_not_quantize=True).square().sum(), codes)
+    torch.testing.assert_close(through, at_the_codes)
+    assert through.abs().max() > 0
+    assert torch.equal(torch.func.jvp(model.quantize, (z.detach(),), (w,))[1], w)
+
+
+def test_vq_model_quantises_where_the_interface_does_not():
+    model, interface, x = quantised(VQModel), quantised(), randn(1, 3, 16, 16)
+    z = model.encode(x)
+    assert torch.equal(z, model.quantize(interface.encode(x))) and not torch.equal(z, interface.encode(x))
+    reconstruction, latent = model(x)
+    assert torch.equal(latent, z) and torch.equal(reconstruction, interface.decode(z, force_not_quantize=True))
+    torch.testing.assert_close(interface.decode(interface.encode(x)), reconstruction, atol=1e-5, rtol=0)
+
+
+def test_vq_in_slices_tiles_and_half_precision():
+    model, x = quantised(), randn(2, 3, 32, 48)
+    z = model.encode(x)
+    decoded = model.decode(z)
+    model.slicing = True
+    torch.testing.assert_close(model.decode(z), decoded, atol=1e-5, rtol=1e-5)
+    assert model.tile(16).decode(z).shape == decoded.shape
+    half = model.tile(None).to(torch.bfloat16)
+    assert half.encode(x).dtype == half.decode(z).dtype == torch.float32
+    assert (half.decode(z, force_not_quantize=True) - model.decode(z, force_not_quantize=True)).norm() < 0.1 * decoded.norm()
+
+
 # The distribution
 
 
@@ -285,8 +362,16 @@ def test_wrong_tiles_are_refused(size, overlap, message):
     ({"use_linear_attn": True}, {}, "use_linear_attn = True.*not supported"),
     ({"double_z": False}, {}, "double_z = False"),
     ({"ch": 48}, {}, "ch = 48: GroupNorm with 32 groups needs a multiple of 32"),
-    ({}, {"ckpt_path": "vae.ckpt"}, "ckpt_path = 'vae.ckpt'.*ldm.checkpoints.load_model"),
 ])  # fmt: skip
 def test_unsupported_configs_are_refused(ddconfig, kwargs, message):
     with pytest.raises(ValueError, match=message):
         AutoencoderKL({**SMALL, **ddconfig}, **kwargs)
+
+
+def test_unsupported_configs_of_vq_are_refused():
+    with pytest.raises(ValueError, match="double_z = True in ddconfig"):
+        quantised(double_z=True)
+    with pytest.raises(ValueError, match="n_embed = None: give the number of codes"):
+        quantised(n_embed=None)
+    with pytest.raises(ValueError, match=r"z has shape \[1, 4, 4, 4\], but this autoencoder takes \[B, 3, H, W\]"):
+        quantised().decode(torch.zeros(1, 4, 4, 4))

@@ -98,7 +98,7 @@ def test_lightning_ckpt(model, x0, tmp_path):
     torch.save(as_lightning(model.state_dict()), tmp_path / "v1.ckpt")
     loaded = load_model(tmp_path / "v1.ckpt", tiny_config(), device="cpu")
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    conv = loaded.network.input_blocks[0][0].weight
+    conv = loaded.unet.input_blocks[0][0].weight
     assert conv.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(LatentDenoiser(loaded, ["a cat", "a dog"], 3.0)(X_T, 500), x0, rtol=1e-4, atol=1e-4)
     assert_equal(loaded, model)
@@ -322,7 +322,7 @@ def test_overflow_in_half_precision_is_named(pixels, tmp_path):
     state = pixels.state_dict()
     state[UNET + "out.2.bias"][0] = 1e6
     torch.save(state, tmp_path / "a.ckpt")
-    assert load_model(tmp_path / "a.ckpt", PIXELS, device="cpu").network.out[2].bias[0] == 1e6
+    assert load_model(tmp_path / "a.ckpt", PIXELS, device="cpu").unet.out[2].bias[0] == 1e6
     refused(tmp_path / "a.ckpt", "out.2.bias", "float16", dtype=torch.float16)
 
 

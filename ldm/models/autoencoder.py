@@ -1,57 +1,41 @@
-"""The autoencoder between pictures and latents (Rombach et al. 2022), at the path that published configs name."""
+"""The autoencoders between images and latents (Rombach et al. 2022), at the path that published configs name."""
 
 import torch
 from torch import nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.quantize import VectorQuantizer
 from ldm.modules.tiling import tiled
 from ldm.util import memory_advice
 
 
-class AutoencoderKL(nn.Module):
-    """Variational autoencoder with a diagonal Gaussian latent.
+class Autoencoder(nn.Module):
+    """What both kinds share: the networks, tiles, slices, and the checks of shapes and dtypes.
 
-    Pictures x: [B, in_channels, H, W] in -1 .. 1, H and W divisible by `downsampling` (8 for Stable Diffusion).
+    Images x: [B, in_channels, H, W] in -1 .. 1, H and W divisible by `downsampling` (8 for Stable Diffusion).
     Latents z: [B, embed_dim, H/downsampling, W/downsampling], not yet multiplied by the diffusion model's scale_factor.
-    Results have the input's dtype; the weights may be float16 or bfloat16 under float32 pictures and latents.
+    Results have the input's dtype; the weights may be float16 or bfloat16 under float32 images and latents.
 
-    For large pictures: `tile(...)`, and `slicing = True` for one sample of the batch at a time; both off by default.
+    For large images: `tile(...)`, and `slicing = True` for one sample of the batch at a time; both off by default.
     """
 
-    def __init__(
-        self,
-        ddconfig,  # arguments of Encoder and Decoder
-        lossconfig=None,  # of the training; not instantiated
-        embed_dim=None,  # channels of the latent; by default ddconfig's z_channels
-        ckpt_path=None,
-        ignore_keys=(),  # with ckpt_path
-        image_key="image",  # this and the rest: upstream's training and logging
-        colorize_nlabels=None,
-        monitor=None,
-    ):
+    def __init__(self, ddconfig, embed_dim, moments):
+        """moments: how many numbers the encoder gives for each of the latent's, 2 for a mean and a log-variance."""
         super().__init__()
-        if ckpt_path is not None:
-            raise ValueError(
-                f"ckpt_path = {ckpt_path!r} in the config is not supported: remove it, and load the "
-                "weights with ldm.checkpoints.load_model"
-            )
-        if not ddconfig.get("double_z", True):
-            raise ValueError("double_z = False in ddconfig: AutoencoderKL needs True, a mean and a log-variance")
         z_channels = ddconfig["z_channels"]
-        embed_dim = embed_dim or z_channels
         self.in_channels = ddconfig["in_channels"]
-        self.embed_dim = embed_dim
+        self.embed_dim = embed_dim or z_channels
         self.downsampling = 2 ** (len(ddconfig.get("ch_mult", (1, 2, 4, 8))) - 1)
         self.slicing = False
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.quant_conv = nn.Conv2d(moments * z_channels, moments * self.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(self.embed_dim, z_channels, 1)
         self.tile(None)
 
     def tile(self, size=512, overlap=0.25):
-        """Encode and decode pictures larger than size x size in overlapping tiles, blended linearly; None: all at once.
+        """Encode and decode images larger than size x size in overlapping tiles, blended linearly; None: all at once.
 
         size: of the tiles, in pixels, a multiple of `downsampling`
         overlap: of neighbouring tiles, as a fraction of size, 0 .. 0.5; tiles that do not fit evenly overlap more
@@ -66,27 +50,13 @@ class AutoencoderKL(nn.Module):
         self.tile_overlap = None if size is None else round(overlap * self.tile_size)
         return self
 
-    def encode(self, x):
-        """Picture [B, in_channels, H, W] in -1 .. 1 -> DiagonalGaussianDistribution of z [B, embed_dim, H/f, W/f].
-
-        `encode(x).mode()` is the latent without noise; f is `downsampling`. Raises ValueError on another shape or an
-        integer dtype.
-        """
-        self._check("x", x, self.in_channels, self.downsampling)
-        return DiagonalGaussianDistribution(self._in_parts(self._encode, x, self.downsampling, 1))
-
     def decode(self, z):
-        """Latent [B, embed_dim, h, w] -> picture [B, out_ch, f*h, f*w], about -1 .. 1 (not clamped).
+        """Latent [B, embed_dim, h, w] -> image [B, out_ch, f*h, f*w], about -1 .. 1 (not clamped).
 
         Raises ValueError on another shape or an integer dtype.
         """
         self._check("z", z, self.embed_dim, 1)
         return self._in_parts(self._decode, z, 1, self.downsampling)
-
-    def forward(self, x, sample_posterior=False, generator=None):
-        """(reconstruction of x, posterior), from the posterior's mean or (sample_posterior) a sample of it."""
-        posterior = self.encode(x)
-        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode()), posterior
 
     def _encode(self, x):
         return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))).to(x.dtype)
@@ -113,3 +83,107 @@ class AutoencoderKL(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}, but this autoencoder takes floating-point numbers")
+
+
+class AutoencoderKL(Autoencoder):
+    """Variational autoencoder with a diagonal Gaussian latent. Shapes, ranges and dtypes: see Autoencoder."""
+
+    def __init__(
+        self,
+        ddconfig,  # arguments of Encoder and Decoder
+        lossconfig=None,  # of the training; not instantiated
+        embed_dim=None,  # channels of the latent; by default ddconfig's z_channels
+        ckpt_path=None,  # where upstream's training began; ldm.checkpoints.load_model reads the weights
+        ignore_keys=(),  # this and the rest: upstream's training and logging
+        image_key="image",
+        colorize_nlabels=None,
+        monitor=None,
+    ):
+        if not ddconfig.get("double_z", True):
+            raise ValueError("double_z = False in ddconfig: AutoencoderKL needs True, a mean and a log-variance")
+        super().__init__(ddconfig, embed_dim, moments=2)
+
+    def encode(self, x):
+        """Image [B, in_channels, H, W] in -1 .. 1 -> DiagonalGaussianDistribution of z [B, embed_dim, H/f, W/f].
+
+        `encode(x).mode()` is the latent without noise; f is `downsampling`. Raises ValueError on another shape or an
+        integer dtype.
+        """
+        self._check("x", x, self.in_channels, self.downsampling)
+        return DiagonalGaussianDistribution(self._in_parts(self._encode, x, self.downsampling, 1))
+
+    def forward(self, x, sample_posterior=False, generator=None):
+        """(reconstruction of x, posterior), from the posterior's mean or (sample_posterior) a sample of it."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode()), posterior
+
+
+class VQModel(Autoencoder):
+    """Autoencoder with a vector-quantised latent (VQGAN, Esser et al. 2021): each pixel of z is one of n_embed codes.
+
+    `encode` gives quantised latents, `decode` takes any latent as it is. Shapes, ranges and dtypes: see Autoencoder.
+    """
+
+    def __init__(
+        self,
+        ddconfig,  # arguments of Encoder and Decoder
+        lossconfig=None,  # of the training; not instantiated
+        n_embed=None,  # how many codes
+        embed_dim=None,  # channels of the latent; by default ddconfig's z_channels
+        ckpt_path=None,  # where upstream's training began; ldm.checkpoints.load_model reads the weights
+        ignore_keys=(),  # this and the rest: upstream's training and logging
+        image_key="image",
+        colorize_nlabels=None,
+        monitor=None,
+        batch_resize_range=None,
+        scheduler_config=None,
+        lr_g_factor=1.0,
+        remap=None,
+        sane_index_shape=False,
+        use_ema=False,
+    ):
+        if ddconfig.get("double_z", True):
+            raise ValueError("double_z = True in ddconfig: a quantised latent has no variance, give False")
+        if not isinstance(n_embed, int) or n_embed < 1:
+            raise ValueError(f"n_embed = {n_embed}: give the number of codes, a positive integer")
+        super().__init__(ddconfig, embed_dim, moments=1)
+        self.quantize = VectorQuantizer(n_embed, self.embed_dim)
+
+    def encode(self, x):
+        """Image [B, in_channels, H, W] in -1 .. 1 -> z [B, embed_dim, H/f, W/f], each pixel one of the codes.
+
+        f is `downsampling`. The gradient passes straight through the quantiser. Raises ValueError on another shape or an
+        integer dtype.
+        """
+        return self.quantize(self.encode_unquantised(x))
+
+    def encode_unquantised(self, x):
+        """Image [B, in_channels, H, W] in -1 .. 1 -> z [B, embed_dim, H/f, W/f] before it is quantised."""
+        self._check("x", x, self.in_channels, self.downsampling)
+        return self._in_parts(self._encode, x, self.downsampling, 1)
+
+    def forward(self, x):
+        """(reconstruction of x, its latent), as decode(encode(x)) gives it."""
+        z = self.encode(x)
+        return self.decode(z), z
+
+
+class VQModelInterface(VQModel):
+    """A VQModel as latent diffusion uses it: `encode` gives latents before quantisation, `decode` quantises first.
+
+    The sampler works on the continuous latents. The gradient passes straight through the quantiser.
+    """
+
+    def __init__(self, embed_dim, **kwargs):
+        super().__init__(embed_dim=embed_dim, **kwargs)
+
+    def encode(self, x):
+        """Image [B, in_channels, H, W] in -1 .. 1 -> z [B, embed_dim, H/f, W/f], not quantised."""
+        return self.encode_unquantised(x)
+
+    def decode(self, z, force_not_quantize=False):
+        """Latent [B, embed_dim, h, w] -> image [B, out_ch, f*h, f*w], about -1 .. 1 (not clamped), of the nearest codes,
+        or (force_not_quantize) of z as it is. Raises ValueError on another shape or an integer dtype.
+        """
+        self._check("z", z, self.embed_dim, 1)
+        return super().decode(z if force_not_quantize else self.quantize(z))

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from ldm.denoisers import PREDICTIONS
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.labels import class_labels
 from ldm.schedules import DiffusionSchedule, FlowSchedule, make_beta_schedule
 from ldm.util import instantiate_from_config
 
 # What published configs carry for upstream's own training and logging, without meaning for the network.
 TRAINING_KEYS = {
-    "base_learning_rate", "ckpt_path", "clip_denoised", "cond_stage_trainable", "concat_mode", "conditioning_key",
-    "cond_stage_forward", "cond_stage_key", "elbo_weight", "finetune_keys", "first_stage_key", "force_null_conditioning",
+    "base_learning_rate", "ckpt_path", "clip_denoised", "cond_stage_forward", "cond_stage_key",
+    "cond_stage_trainable", "elbo_weight", "finetune_keys", "first_stage_key", "force_null_conditioning",
     "given_betas", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet", "log_every_t", "logvar_init",
     "loss_type", "make_it_fit", "monitor", "num_timesteps_cond", "original_elbo_weight", "reset_ema",
     "reset_num_ema_updates", "scale_by_std", "scheduler_config", "ucg_training", "unet_trainable", "use_ema",
@@ -21,12 +23,35 @@ TRAINING_KEYS = {
 }  # fmt: skip
 
 
-class DiffusionWrapper(nn.Module):
-    """Holds the network under the published name `diffusion_model`."""
+# How a condition c reaches the U-Net, by the conditioning_key of published configs.
+CONDITIONINGS = {
+    None:        lambda unet, x, t, c: unet(x, t, c),                        # c is None
+    "crossattn": lambda unet, x, t, c: unet(x, t, c),                        # tokens [B, M, context_dim]
+    "adm":       lambda unet, x, t, c: unet(x, t, y=c),                      # class labels [B]
+    "concat":    lambda unet, x, t, c: unet(torch.cat([x, c], dim=1), t),    # an image or a latent of x's height and width
+}  # fmt: skip
 
-    def __init__(self, unet_config):
+
+class DiffusionWrapper(nn.Module):
+    """The network as samplers call it, whatever its condition: (x_t [B, C, H, W], t [B], condition) -> prediction of x_t's shape.
+
+    Holds the U-Net under the published name `diffusion_model`. A U-Net with learned variance (Nichol & Dhariwal 2021) gives
+    twice the channels: the second half is dropped here, since no sampler of ours uses the variance.
+    """
+
+    def __init__(self, unet_config, conditioning_key=None):
         super().__init__()
         self.diffusion_model = instantiate_from_config(unet_config)
+        self.conditioning_key = conditioning_key
+
+    @property
+    def downsampling(self):
+        """What the height and width of x_t have to be divisible by."""
+        return self.diffusion_model.downsampling
+
+    def forward(self, x, t, condition=None):
+        out = CONDITIONINGS[self.conditioning_key](self.diffusion_model, x, t, condition)
+        return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
 
 
 class DDPM(nn.Module):
@@ -34,6 +59,7 @@ class DDPM(nn.Module):
 
     parameterization: what the network predicts, "eps", "v" or "x0", or "velocity": then it is a flow with times up to
     `timesteps`, and the betas mean nothing.
+    conditioning_key: None, or "adm" for a class-conditional model; a LatentDiffusion takes more.
     `schedule` (DiffusionSchedule or FlowSchedule) is what all computations use; the buffers exist because checkpoints hold them.
     """
 
@@ -48,6 +74,7 @@ class DDPM(nn.Module):
         image_size=256,
         channels=3,
         parameterization="eps",
+        conditioning_key=None,
         **training_keys,
     ):
         super().__init__()
@@ -60,7 +87,11 @@ class DDPM(nn.Module):
         self.image_size = image_size
         self.channels = channels
         self.parameterization = parameterization
-        self.model = DiffusionWrapper(unet_config)
+        if conditioning_key not in CONDITIONINGS:
+            known = ", ".join(map(repr, CONDITIONINGS))
+            raise ValueError(f"conditioning_key = {conditioning_key!r}: known are {known}")
+        self.conditioning_key = conditioning_key
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
         if parameterization == "velocity":
             self.schedule = FlowSchedule(scale=timesteps)
             return
@@ -72,58 +103,71 @@ class DDPM(nn.Module):
 
     @property
     def network(self):
-        """The U-Net: (x_t [B, C, H, W], t [B], ...) -> prediction of x_t's shape."""
+        """(x_t [B, C, H, W], t [B], condition) -> prediction of x_t's shape. The condition is what `encode_prompts` gives."""
+        return self.model
+
+    @property
+    def unet(self):
+        """The U-Net inside the network, with its own arguments and all its output channels."""
         return self.model.diffusion_model
 
-    def forward(self, x_t, t, *args, **kwargs):
-        return self.network(x_t, t, *args, **kwargs)
+    def forward(self, x_t, t, condition=None):
+        return self.network(x_t, t, condition)
+
+    def encode_prompts(self, prompts):
+        """Class labels -> labels [B], int64, the network's condition. See `class_labels` for what may be given."""
+        if self.conditioning_key != "adm":
+            raise ValueError("this model takes no prompts and no labels: it is unconditional")
+        return class_labels(prompts, self.unet.num_classes).to(self.unet.label_emb.weight.device)
 
 
 class LatentDiffusion(DDPM):
-    """Diffusion in the latent space of an autoencoder, conditioned on text: Stable Diffusion (Rombach et al. 2022).
+    """Diffusion in the latent space of an autoencoder, with or without a condition (Rombach et al. 2022).
 
-    Pictures are [B, 3, H, W] in -1 .. 1, latents z [B, channels, H/f, W/f] with f = first_stage_model.downsampling,
-    tokens [B, M, context_dim]; all of them float32, whatever the dtype of the weights. The remaining arguments are those
-    of DDPM. Text-conditioned and unconditional models only: other kinds of conditioning raise ValueError.
+    Images are [B, 3, H, W] in -1 .. 1, latents z [B, channels, H/f, W/f] with f = first_stage_model.downsampling. All of them
+    are float32, whatever the dtype of the weights. The remaining arguments are those of DDPM. The condition is text or a class
+    by cross-attention ("crossattn": Stable Diffusion, cin256-v2), an image ("concat": bsr_sr), or there is none.
     """
 
     def __init__(
         self,
         first_stage_config,         # the autoencoder
-        cond_stage_config=None,     # the text encoder; None or "__is_unconditional__": there is none
-        conditioning_key=None,      # how the tokens reach the U-Net: "crossattn"
+        cond_stage_config=None,     # the encoder of the condition; None or "__is_unconditional__": there is none
+        conditioning_key=None,      # how the condition reaches the U-Net: "crossattn" or "concat"
+        concat_mode=True,           # without conditioning_key: "concat" instead of "crossattn"
         scale_factor=1.0,           # z = scale_factor * (the autoencoder's latent), which brings z to unit variance
         scale_by_std=False,         # scale_factor was measured in training: it stands in the checkpoint, as a buffer
         **ddpm,
     ):  # fmt: skip
-        super().__init__(**ddpm)
-        if conditioning_key not in (None, "crossattn"):
-            raise ValueError(
-                f'conditioning_key = {conditioning_key!r}: only text by cross-attention ("crossattn") and '
-                "unconditional models (None) are supported"
-            )
+        conditional = cond_stage_config not in (None, "__is_unconditional__")
+        if conditional and conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        super().__init__(conditioning_key=conditioning_key, **ddpm)
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
             self.scale_factor = float(scale_factor)
         self.first_stage_model = instantiate_from_config(first_stage_config)
-        conditional = cond_stage_config not in (None, "__is_unconditional__")
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if conditional else None
 
     def encode(self, images, sample=False, generator=None):
-        """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: the posterior's mean, or (sample) a draw."""
-        posterior = self.first_stage_model.encode(images)
-        return float(self.scale_factor) * (posterior.sample(generator) if sample else posterior.mode())
+        """Images [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: of a variational autoencoder the posterior's mean, or
+        (sample) a draw; of a VQ autoencoder the latent before quantisation."""
+        z = self.first_stage_model.encode(images)
+        if isinstance(z, DiagonalGaussianDistribution):
+            z = z.sample(generator) if sample else z.mode()
+        return float(self.scale_factor) * z
 
     def decode(self, z):
-        """Latents z [B, channels, h, w] -> pictures [B, 3, f h, f w], about -1 .. 1, not clipped."""
+        """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped."""
         return self.first_stage_model.decode(z / float(self.scale_factor))
 
     def encode_prompts(self, prompts):
-        """A string or a list of B strings, "" being the empty prompt -> tokens [B, M, context_dim], the U-Net's `context`."""
+        """The condition of the network, from a string or a list of B strings, "" being the empty prompt (text), from class labels
+        (`class_labels`), or from images [B, C, H, W] (concat)."""
         if self.cond_stage_model is None:
-            raise ValueError("this model has no text encoder: it is unconditional")
-        return self.cond_stage_model.encode(prompts)
+            raise ValueError("this model has no text encoder and takes no labels: it is unconditional")
+        return self.cond_stage_model(prompts) if self.conditioning_key == "concat" else self.cond_stage_model.encode(prompts)
 
 
 def published_buffers(betas):

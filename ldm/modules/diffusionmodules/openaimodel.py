@@ -172,13 +172,14 @@ class UNetModel(nn.Module):
                 ch, heads, ch // heads, transformer_depth, dropout, context_dim, no_self, use_linear_in_transformer
             )
 
-        ch = int(channel_mult[0] * model_channels)
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        ch = widths[0]
         skips, ds = [ch], 1
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, ch, 3, padding=1))])
-        for level, mult in enumerate(channel_mult):
+        for level, width in enumerate(widths):
             for i in range(blocks[level]):
-                layers = [res(ch, mult * model_channels)]
-                ch = mult * model_channels
+                layers = [res(ch, width)]
+                ch = width
                 if ds in attention_resolutions and i < attended[level]:
                     layers.append(attention(ch, no_self=no_self[level]))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
@@ -192,10 +193,10 @@ class UNetModel(nn.Module):
         self.middle_block = TimestepEmbedSequential(res(ch), attention(ch, no_self=disable_middle_self_attn), res(ch))
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(blocks[level] + 1):
-                layers = [res(ch + skips.pop(), mult * model_channels)]
-                ch = mult * model_channels
+                layers = [res(ch + skips.pop(), width)]
+                ch = width
                 if ds in attention_resolutions and i < attended[level]:
                     heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
                     layers.append(attention(ch, heads, no_self[level]))

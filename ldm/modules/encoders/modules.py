@@ -1,6 +1,7 @@
-"""The frozen text encoders of Stable Diffusion: prompts -> tokens [B, 77, width] for the U-Net's cross-attention.
+"""Conditions -> tokens [B, M, width] for the U-Net's cross-attention: the frozen text encoders of Stable Diffusion, M = 77, and
+the class embedder of latent diffusion, M = 1.
 
-The networks are those of transformers and open_clip, under the names that published checkpoints use; the byte-pair
+The text encoders' networks are those of transformers and open_clip, under the names that published checkpoints use; the byte-pair
 vocabulary is the one inside open_clip. Nothing is ever fetched: the weights come with the diffusion model's checkpoint.
 """
 
@@ -14,6 +15,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.modules.encoders.labels import class_labels
 from ldm.util import resolve_path
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -117,6 +119,29 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         for block in clip.transformer.resblocks[: len(clip.transformer.resblocks) - self.skipped]:
             x = block(x, attn_mask=clip.attn_mask)
         return clip.ln_final(x).float()
+
+
+class ClassEmbedder(nn.Module):
+    """One learned token for each class label (Rombach et al. 2022, cin256-v2), under the published name `embedding`.
+
+    n_classes   of labels. 1001 are the classes of ImageNet and a last label for no class, which guidance uses
+    empty       the label for no class; None: the last of 1001, and none otherwise
+    key         of upstream's training; without meaning here
+    """
+
+    def __init__(self, embed_dim, n_classes=1000, key="class", empty=None):
+        super().__init__()
+        self.n_classes = n_classes
+        self.empty = 1000 if empty is None and n_classes == 1001 else empty
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def encode(self, labels):
+        """Class labels, a number or a list of B (see `class_labels`) -> tokens [B, 1, embed_dim], float32."""
+        return self(class_labels(labels, self.n_classes, self.empty).to(self.embedding.weight.device))
+
+    def forward(self, labels):
+        """labels [B], int64 -> tokens [B, 1, embed_dim], float32."""
+        return self.embedding(labels)[:, None].float()
 
 
 def bpe_tokenizer(vocabulary=None):
