@@ -4,9 +4,11 @@ import gzip
 
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, randomised
 from omegaconf import OmegaConf
 
+from ldm.modules.encoders.labels import class_labels
+from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.util import instantiate_from_config, load_config
 
 CONFIGS = ROOT / "configs"
@@ -125,3 +127,97 @@ def test_a_published_yaml_works_unchanged():
     theirs = on_meta(OmegaConf.to_container(OmegaConf.create(PUBLISHED)))
     assert shapes(theirs) == shapes(ours) and torch.equal(theirs.betas, ours.betas)
     assert theirs.image_size == 64 and theirs.first_stage_model.downsampling == 4
+
+
+# The networks behind one call: (x_t, t, condition) -> a prediction of x_t's shape
+
+
+def tiny(name, **params):
+    """A shipped config, its networks as narrow as they get, with all their blocks."""
+    config = OmegaConf.to_container(load_config(CONFIGS / f"{name}.yaml"))["model"]
+    unet = config["params"]["unet_config"]["params"]
+    unet |= {"model_channels": 32, "num_res_blocks": 1, "channel_mult": unet["channel_mult"][-2:], "attention_resolutions": [2]}
+    unet |= {"num_head_channels": 16, "num_heads": -1} | ({"num_classes": 10} if "num_classes" in unet else {})
+    if "context_dim" in unet:
+        unet["context_dim"] = config["params"]["cond_stage_config"]["params"]["embed_dim"] = 24
+    if "first_stage_config" in config["params"]:
+        config["params"]["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "num_res_blocks": 1}
+    config["params"] |= {"image_size": 8} | params
+    return config
+
+
+def built(name, **params):
+    return randomised(instantiate_from_config(tiny(name, **params)))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def test_the_variance_is_dropped():
+    model, x, t = built("adm/ffhq-256"), randn(2, 3, 8, 8), torch.tensor([3, 977])
+    whole = model.unet(x, t)
+    assert whole.shape == (2, 6, 8, 8) and torch.equal(model.network(x, t), whole[:, :3]) and model(x, t).shape == x.shape
+    with pytest.raises(ValueError, match="takes no prompts and no labels: it is unconditional"):
+        model.encode_prompts(3)
+
+
+@torch.inference_mode()
+def test_labels_on_pixels_are_the_networks_y():
+    model, x, t = built("adm/imagenet-256-classes"), randn(2, 3, 8, 8), torch.tensor([3, 977])
+    y = torch.tensor([3, 9])
+    out = model.network(x, t, model.encode_prompts([3, 9]))
+    assert torch.equal(out, model.unet(x, t, y=y)[:, :3])
+    assert not torch.equal(out, model.network(x, t, model.encode_prompts([4, 9])))
+    with pytest.raises(ValueError, match="y is missing"):
+        model.network(x, t)
+
+
+@torch.inference_mode()
+def test_labels_on_latents_are_one_token():
+    model, x, t = built("latent-diffusion/cin256-v2"), randn(2, 3, 8, 8), torch.tensor([3, 977])
+    tokens = model.encode_prompts([3, ""])
+    assert torch.equal(tokens, model.cond_stage_model.embedding.weight[[3, 1000]][:, None])
+    assert torch.equal(model.network(x, t, tokens), model.unet(x, t, tokens))
+
+
+@torch.inference_mode()
+def test_a_small_image_is_concatenated():
+    model, x, t = built("latent-diffusion/bsr_sr"), randn(2, 3, 8, 8), torch.tensor([3, 977])
+    small = randn(2, 3, 8, 8, seed=1)
+    assert torch.equal(model.network(x, t, model.encode_prompts(small)), model.unet(torch.cat([x, small], dim=1), t))
+
+
+@pytest.mark.parametrize("given, labels", [
+    (7, [7]), ([3, 9], [3, 9]), ("7", [7]), (["7", " 8 "], [7, 8]), (torch.tensor([1, 2]), [1, 2]), (range(3), [0, 1, 2]),
+    ("", [10]), (["", 4], [10, 4]), (torch.tensor(5), [5]),
+])  # fmt: skip
+def test_labels_as_people_give_them(given, labels):
+    found = class_labels(given, 11, empty=10)
+    assert found.tolist() == labels and found.dtype == torch.int64
+
+
+@pytest.mark.parametrize("given", [11, -1, [0, 11], "cat", "3.5", 3.5, None, [], True, torch.tensor([0.5]), ["²"]])
+def test_wrong_labels_are_one_sentence(given):
+    with pytest.raises(ValueError, match="labels = .*: give integers from 0 to 10, one for all samples or one for each"):
+        class_labels(given, 11)
+
+
+def test_no_class_needs_a_label_for_it():
+    assert [ClassEmbedder(8, n, empty=empty).empty for n, empty in ((1001, None), (1000, None), (11, 10))] == [1000, None, 10]
+    with pytest.raises(ValueError, match="no label for no class"):
+        ClassEmbedder(8, 1000).encode("")
+
+
+def test_latents_of_vq_and_of_kl():
+    """VQ: before quantisation, without a scale; KL: the posterior's mean, scaled. Both decode to the autoencoder's own image."""
+    images = randn(2, 3, 32, 32).clamp(-1, 1)
+    for name, scale in (("latent-diffusion/ffhq-ldm-vq-4", 1.0), ("latent-diffusion/lsun_churches-ldm-kl-8", 0.22)):
+        model = built(name, scale_factor=scale)
+        encoded = model.first_stage_model.encode(images)
+        expected = encoded if name.endswith("vq-4") else encoded.mode()
+        z = model.encode(images)
+        torch.testing.assert_close(z, scale * expected)
+        torch.testing.assert_close(model.decode(z), model.first_stage_model.decode(expected), rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.encode(images, sample=True), z) == name.endswith("vq-4")

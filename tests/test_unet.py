@@ -129,6 +129,16 @@ def test_self_attention_as_in_adm(updown, film):
     check(ours, theirs, head_dim=16, size=(16, 24))
 
 
+def test_class_conditional_adm_with_learned_variance():
+    ours = UNetModel(16, 3, 32, 6, 1, [1, 2], channel_mult=[1, 2], num_head_channels=16, use_scale_shift_norm=True, num_classes=10)
+    theirs = diffusers.UNet2DModel(
+        in_channels=3, out_channels=6, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=32, attn_norm_num_groups=32,
+        down_block_types=["AttnDownBlock2D"] * 2, up_block_types=["AttnUpBlock2D"] * 2, attention_head_dim=16,
+        resnet_time_scale_shift="scale_shift", num_class_embeds=10)  # fmt: skip
+    y = torch.tensor([3, 9])
+    check(ours, theirs, head_dim=16, y=y, class_labels=y)
+
+
 def test_new_attention_order_is_a_permutation_of_the_legacy_one():
     legacy = randomised(UNetModel(16, 1, 32, 1, 1, [1], channel_mult=[1], num_heads=4))
     new = UNetModel(16, 1, 32, 1, 1, [1], channel_mult=[1], num_heads=4, use_new_attention_order=True).eval()
