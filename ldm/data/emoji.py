@@ -1,16 +1,17 @@
-"""Captioned emoji as 64 x 64 pictures on white: Noto (Apache-2.0) and Fluent 3D (MIT), two drawing styles of the same things.
+"""Captioned emoji as 64 x 64 images on white: the same things in six drawing styles.
 
     python -m ldm.data.emoji          (make data-emoji)
 
-fetches the two npm packages into data/emoji, verifies them and builds data/emoji/emoji.npz from them. `sample_emoji` gives the
-few held-out pictures that lie in the repository.
+fetches the npm packages of `STYLES` into data/emoji, verifies them and builds data/emoji/emoji.npz from them. `sample_emoji`
+gives the few held-out images that lie in the repository.
 """
 
 import argparse
 import gzip
+import hashlib
 import io
 import json
-import tarfile
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.captioned import Captioned
+from ldm.data.iconify import bare, draw, members, read_icons
 from ldm.data.packages import fetch
 from ldm.images import from_uint8, grid, load_image, save_image
 from ldm.util import ROOT, atomic_write
 
-PACKAGES = {  # npm's name: (file, sha256)
-    "emoji-datasource-google@16.0.0": (
-        "emoji-datasource-google-16.0.0.tgz", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
-    "@lobehub/fluent-emoji-3d@1.1.0": (
-        "lobehub-fluent-emoji-3d-1.1.0.tgz", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+STYLES = {  # npm's name, file, sha256; in the order of Emoji.styles. Licences are in checkpoints/tiny/README.md
+    "noto": ("emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz",
+             "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
+               "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+    "noto-v1": ("@iconify-json/noto-v1@1.2.5", "iconify-json-noto-v1-1.2.5.tgz",
+                "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    "fluent-flat": ("@iconify-json/fluent-emoji-flat@1.2.6", "iconify-json-fluent-emoji-flat-1.2.6.tgz",
+                    "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    "twemoji": ("@iconify-json/twemoji@1.2.5", "iconify-json-twemoji-1.2.5.tgz",
+                "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    "emojione": ("@iconify-json/emojione@1.2.3", "iconify-json-emojione-1.2.3.tgz",
+                 "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
 }  # fmt: skip
-STYLES = ("noto", "fluent")
+DRAWN = 2  # the first of the styles that come as SVG
+MISNAMED = {("emojione", "cricket")}  # a bat and a ball, under the insect's name
 HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
@@ -57,26 +68,35 @@ SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
 
 
 class Emoji(Captioned):
-    """(picture [3, 64, 64] in [-1, 1], caption): 6,165 pictures; with train=False the 347 of the held-out names.
+    """(image [3, 64, 64] in [-1, 1], caption) of the names in `train`, or with train=False of what is held out.
 
     root      folder that holds emoji/emoji.npz; FileNotFoundError says how to make it
-    by_name   an item is a name, and every look at it draws one of its pictures: otherwise people in all skin tones are half
-              of the pictures, though a fifth of the names
-    `names[i]` is the caption of picture i without the skin tone, `styles[i]` 0 (Noto) or 1 (Fluent 3D).
+    held_out  of train=False: "names", all drawings of the names in configs/tiny/held_out_names.txt, or "pairs", the single
+              drawings of known names that `held_out_pairs` chooses
+    by_name   an item is a name, and every look at it draws one of its images: otherwise people in all skin tones are half
+              of the images, though a fifth of the names
+    `names[i]` is the caption of image i without the skin tone, `styles[i]` the place of its style in STYLES, `categories[i]` its
+    group in Unicode's list, such as "Food & Drink".
     """
 
-    def __init__(self, root="data", train=True, by_name=False):
-        path = Path(root) / "emoji" / "emoji.npz"
+    def __init__(self, root="data", train=True, by_name=False, held_out="names"):
+        path, make = Path(root) / "emoji" / "emoji.npz", f"`python -m ldm.data.emoji --root {root}` (make data-emoji) makes it"
+        if held_out not in ("names", "pairs"):
+            raise ValueError(f"held_out = {held_out!r}: give 'names' or 'pairs'")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; `python -m ldm.data.emoji --root {root}` (make data-emoji) makes it")
+            raise FileNotFoundError(f"{path}: no such file; {make}")
         with np.load(path, allow_pickle=False) as file:
-            names, captions, styles = file["names"], file["captions"], file["styles"]
+            if "categories" not in file:
+                raise ValueError(f"{path} is of an earlier version, with fewer styles: {make} anew")
+            names, captions, styles, categories = (file[key] for key in ("names", "captions", "styles", "categories"))
             sheet = np.asarray(Image.open(io.BytesIO(file["sheet"].tobytes())))  # [rows * 64, columns * 64, 3]
         rows = sheet.shape[0] // SIZE
         images = sheet.reshape(rows, SIZE, COLUMNS, SIZE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIZE, SIZE)
-        chosen = np.flatnonzero(np.isin(names, held_out_names()) != train)
+        unknown = np.isin(names, held_out_names())
+        pair = held_out_pairs(names, styles) & ~unknown
+        chosen = np.flatnonzero(~(unknown | pair) if train else unknown if held_out == "names" else pair)
         self.images = torch.from_numpy(images[chosen])  # [N, 3, 64, 64] uint8
-        self.names, self.captions = names[chosen].tolist(), captions[chosen].tolist()
+        self.names, self.captions, self.categories = (x[chosen].tolist() for x in (names, captions, categories))
         self.styles = torch.from_numpy(styles[chosen])
         groups = {}
         for i, name in enumerate(self.names):
@@ -97,6 +117,21 @@ def held_out_names():
     return HELD_OUT.read_text().splitlines()
 
 
+def held_out_pairs(names, styles):
+    """Which images [N] are drawings set aside although their names are known: of every name whose sha256 begins with a byte
+    below 36 (a tenth of those known) one of the drawings in the SVG styles, the second byte modulo their number; in all skin tones."""
+    drawn = {}
+    for name, style in zip(names, styles, strict=True):
+        if style >= DRAWN:
+            drawn.setdefault(str(name), set()).add(int(style))
+    pairs = set()
+    for name, of_name in drawn.items():
+        first, second, *_ = hashlib.sha256(name.encode()).digest()
+        if first < 36:
+            pairs.add((name, sorted(of_name)[second % len(of_name)]))
+    return np.array([(str(name), int(style)) in pairs for name, style in zip(names, styles, strict=True)], bool)
+
+
 def readable(entry):
     """The name of an entry of emoji.json as a caption: "HEAVY BLACK HEART" (a red one, in Unicode's words) -> "heart"."""
     name, short = entry["name"].lower(), entry["short_name"].replace("-", "_").split("_")
@@ -107,56 +142,58 @@ def readable(entry):
 
 
 def entries(emoji):
-    """(name, caption, picture's file name) of all that is used of emoji.json, skin tones included."""
+    """(name, caption, category, image's file name) of all that is used of emoji.json, skin tones included."""
     seen = set()
     for entry in sorted(emoji, key=lambda e: e["sort_order"]):
         name = readable(entry)
         if {entry["category"], entry["subcategory"]} & LEFT_OUT or name in seen or not entry["has_img_google"]:
             continue
         seen.add(name)
-        yield name, name, entry["image"]
+        yield name, name, entry["category"], entry["image"]
         for tones, variation in entry.get("skin_variations", {}).items():
             tones = " and ".join(dict.fromkeys(TONES[tone] for tone in tones.split("-")))
-            yield name, f"{name}, {tones} skin tone{'s' if ' and ' in tones else ''}", variation["image"]
+            caption = f"{name}, {tones} skin tone{'s' if ' and ' in tones else ''}"
+            yield name, caption, entry["category"], variation["image"]
 
 
-def on_white(data):
-    """A picture file's bytes -> [64, 64, 3] uint8, composited on white, reduced by Lanczos."""
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
+def on_white(image):
+    """An image file's bytes, or a PIL image -> [64, 64, 3] uint8, composited on white, reduced by Lanczos."""
+    image = (image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS) if image.size != (SIZE, SIZE) else image)
 
 
-def members(path, folder):
-    """{file name: bytes} of what lies directly in a folder of a .tgz archive."""
-    with tarfile.open(path) as archive:
-        return {Path(m.name).name: archive.extractfile(m).read() for m in archive if str(Path(m.name).parent) == folder}
-
-
 def build(root="data"):
-    """Make emoji/emoji.npz under `root`: all pictures on one lossless sheet, with names, captions and styles."""
+    """Make emoji/emoji.npz under `root`: all images on one lossless sheet, with names, captions, styles and categories."""
     folder = Path(root) / "emoji"
-    noto, fluent = (fetch(["npm", "pack", package], *file, folder) for package, file in PACKAGES.items())
+    noto, fluent, *drawn = (fetch(["npm", "pack", package], *file, folder) for package, *file in STYLES.values())
     emoji = json.loads(members(noto, "package")["emoji.json"])
-    sources = {0: members(noto, "package/img/google/64"), 1: members(fluent, "package/assets")}
-    names, captions, styles, pictures = [], [], [], []
-    for name, caption, file in tqdm(list(entries(emoji)), "preparing"):
-        files = {0: file, 1: file.replace(".png", ".webp")}
-        for style, file in files.items():
-            if file in sources[style]:
-                pictures.append(on_white(sources[style][file]))
-                names.append(name)
-                captions.append(caption)
-                styles.append(style)
-    rows = -(-len(pictures) // COLUMNS)
+    noto, fluent = members(noto, "package/img/google/64"), members(fluent, "package/assets")
+    drawn = [read_icons(path) for path in drawn]
+    known = {}  # code points -> the names that any of the packages has for them
+    for _, characters in drawn:
+        for code, name in characters.items():
+            known.setdefault(code, {})[name] = None
+    labels, images = [], []
+    for name, caption, category, file in tqdm(list(entries(emoji)), "preparing"):
+        found = [noto.get(file), fluent.get(file.replace(".png", ".webp"))]
+        for icons, _ in drawn:
+            svg = next((icons[own] for own in known.get(bare(file[: -len(".png")]), ()) if own in icons), None)
+            found.append(svg and draw(svg, 2 * SIZE))
+        for style, image in enumerate(found):
+            if image is not None and (list(STYLES)[style], name) not in MISNAMED:
+                images.append(on_white(image))
+                labels.append((name, caption, style, category))
+    names, captions, styles, categories = map(np.array, zip(*labels, strict=True))
+    rows = -(-len(images) // COLUMNS)
     sheet = np.full((rows * COLUMNS, SIZE, SIZE, 3), 255, np.uint8)
-    sheet[: len(pictures)] = pictures
+    sheet[: len(images)] = images
     sheet = sheet.reshape(rows, COLUMNS, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(rows * SIZE, COLUMNS * SIZE, 3)
     data = io.BytesIO()
     Image.fromarray(sheet).save(data, "webp", lossless=True, quality=60, method=4)
     with atomic_write(folder / "emoji.npz") as temporary:
-        np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=np.array(names),
-                            captions=np.array(captions), styles=np.array(styles, np.uint8))  # fmt: skip
+        np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=names, captions=captions,
+                            styles=styles.astype(np.uint8), categories=categories)  # fmt: skip
     return folder / "emoji.npz"
 
 
@@ -164,7 +201,7 @@ def write_sample(root="data", path=SAMPLE):
     """The sheet that `sample_emoji` reads: four rows of eight."""
     held_out = Emoji(root, train=False)
     drawn = list(zip(held_out.names, held_out.styles.tolist(), strict=True))
-    images = held_out.images[[drawn.index((name, style)) for style in range(len(STYLES)) for name in SAMPLE_NAMES]]
+    images = held_out.images[[drawn.index((name, style)) for style in range(DRAWN) for name in SAMPLE_NAMES]]
     return save_image(grid(from_uint8(images), 8, gap=0), path)
 
 
@@ -193,12 +230,17 @@ def main():
     parser.add_argument("--root", default="data", help="folder for emoji/")
     parser.add_argument("--sample", action="store_true", help="also write the repository's sample of held-out pictures")
     args = parser.parse_args()
-    path = build(args.root)
+    try:
+        path = build(args.root)
+    except (OSError, ValueError) as error:  # not fetched, another file than expected, no space left
+        sys.exit(f"{args.root}/emoji was not prepared: {error}")
     if args.sample:
         print(write_sample(args.root))
-    train, held_out = Emoji(path.parents[1], train=True), Emoji(path.parents[1], train=False)
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(train)} pictures of {len(set(train.names))} names, and "
-          f"{len(held_out)} held out of {len(set(held_out.names))}")  # fmt: skip
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    for part, options in {"training": {}, **{f"held-out {of}": dict(train=False, held_out=of) for of in ("names", "pairs")}}.items():
+        data = Emoji(path.parents[1], **options)
+        counts = ", ".join(f"{style} {n}" for style, n in zip(STYLES, data.styles.bincount(minlength=len(STYLES)).tolist(), strict=True))
+        print(f"{part}: {len(data)} images of {len(set(data.names))} names ({counts})")
 
 
 if __name__ == "__main__":
