@@ -31,7 +31,12 @@ def lpips_distance(x, reference):
     """
     x, reference = (images.detach().float().clamp(-1, 1) for images in (x, reference))
     with torch.no_grad():
-        return _lpips(x.device)(x, reference).flatten()
+        return lpips_loss(x, reference)
+
+
+def lpips_loss(x, reference):
+    """`lpips_distance` with its gradient, of images that are not clipped. [B]"""
+    return _lpips(x.device)(x, reference).flatten()
 
 
 def lpips_weights():

@@ -2,7 +2,8 @@
 
     python -m ldm.train --config configs/mnist/unet.yaml [key=value ...]
 
-A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`), `training` (a task of
+A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`; under `validation` the names and
+further arguments of its held-out sets), `training` (a task of
 ldm/training.py) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). It may have `parts`, the
 files of those parts of the model that were trained before, and `init`, the weights to start from. The command line sets any value:
 
@@ -78,15 +79,17 @@ def train(config, run, resume=True):
     data, batch_size, workers = config["data"], config.get("batch_size", 128), config.get("num_workers", 0)
     if data.get("folder"):
         data = {"target": "ldm.data.captioned.CaptionedFolder", "params": {"folder": data["folder"], "size": data.get("size", 64)}}
-    datasets = [instantiate_from_config(data, train=part) for part in (True, False)]
+    sets = data.get("validation") or {"": {}}
+    dataset = instantiate_from_config(data, train=True)
+    held_out = [instantiate_from_config(data, train=False, **(options or {})) for options in sets.values()]
     model = instantiate_from_config(config["model"]).to(memory_format=torch.channels_last)
     parts = config.get("parts") or {}
     init = {"": {"path": config["init"]}} if config.get("init") else {}
     if parts or init:
         load_parts(model, parts | init)
     task = instantiate_from_config(config["training"], model=model)
-    if hasattr(task, "prepare"):
-        datasets = [task.prepare(dataset, train) for dataset, train in zip(datasets, (True, False), strict=True)]
+    task.sets = tuple(sets)
+    dataset, *held_out = [task.prepare(part, i == 0) for i, part in enumerate([dataset, *held_out])]
     last, start = run / "last.ckpt", 0
     if resume and last.exists():
         start = torch.load(last, map_location="meta", weights_only=True)["global_step"]
@@ -103,9 +106,9 @@ def train(config, run, resume=True):
         **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, "check_val_every_n_epoch": None,
            "use_distributed_sampler": False, **config["trainer"]},
     )  # fmt: skip
-    batches = Batches(len(datasets[0]), batch_size, seed, start, trainer.global_rank, trainer.world_size)
-    loader = DataLoader(datasets[0], batch_sampler=batches, num_workers=workers)
-    val = DataLoader(datasets[1], min(batch_size, len(datasets[1])), num_workers=workers, drop_last=True)
+    batches = Batches(len(dataset), batch_size, seed, start, trainer.global_rank, trainer.world_size)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+    val = [DataLoader(part, min(batch_size, len(part)), num_workers=workers, drop_last=True) for part in held_out]
     trainer.fit(task, loader, val, ckpt_path=last if resume and last.exists() else None, weights_only=True)
     # EMAWeightAveraging has copied the averaged weights into the model by now.
     weights = run / "weights.safetensors"

@@ -14,12 +14,18 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from ldm.data.captioned import Encoded
 from ldm.denoisers import PREDICTIONS, Denoiser, LatentDenoiser
 from ldm.images import grid, save_image
+from ldm.metrics import lpips_distance, lpips_loss, psnr, ssim
 from ldm.modules.encoders.modules import bpe_tokenizer
 from ldm.newton_sampler import sample
 
 
 class Training(pl.LightningModule):
-    """What all tasks share: AdamW, linear warm-up, then a cosine to zero at the last step."""
+    """What all tasks share: AdamW, linear warm-up, then a cosine to zero at the last step.
+
+    `sets` are the names of the held-out sets, in the order of the validation loaders; ldm/train.py sets it.
+    """
+
+    sets = ("",)
 
     def __init__(self, model, lr=1e-3, weight_decay=0.0, warmup=200, seed=0):
         super().__init__()
@@ -35,6 +41,15 @@ class Training(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def prepare(self, dataset, train):
+        """What the loaders read instead of a dataset (train: the training set, the first one that is prepared)."""
+        return dataset
+
+    def log_held_out(self, name, value, which):
+        """Log what was measured on held-out set number `which`, as `name` or, where the sets have names, `name_set`."""
+        name = "_".join(filter(None, (name, self.sets[which])))
+        self.log(name, value, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
 
     def generator(self, step):
         """Random numbers that depend on the step alone, so that a resumed run draws what an uninterrupted one would have."""
@@ -68,9 +83,9 @@ class DiffusionTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i):
-        self.log("val_loss", self.loss(batch[0], self.generator(-1 - i)), prog_bar=True, sync_dist=True)
-        if i == 0 and self.trainer.is_global_zero:
+    def validation_step(self, batch, i, which=0):
+        self.log_held_out("val_loss", self.loss(batch[0], self.generator(-1 - i)), which)
+        if i == which == 0 and self.trainer.is_global_zero:
             ddpm = self.model
             D = Denoiser(ddpm.network, ddpm.schedule, ddpm.parameterization)
             shape = (64, ddpm.channels, ddpm.image_size, ddpm.image_size)
@@ -107,9 +122,9 @@ class TextToImageTraining(DiffusionTraining):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i):
-        self.log("val_loss", self.loss(batch[0], self.generator(-1 - i), batch[1]), prog_bar=True, sync_dist=True)
-        if i == 0 and self.trainer.is_global_zero:
+    def validation_step(self, batch, i, which=0):
+        self.log_held_out("val_loss", self.loss(batch[0], self.generator(-1 - i), batch[1]), which)
+        if i == which == 0 and self.trainer.is_global_zero:
             model, n = self.model, len(self.prompts)
             D = LatentDenoiser(model, self.prompts, guidance=3.0)
             z = sample(D, None, (n, *batch[0].shape[1:]), range(n), steps=20, device=self.device).x_t
@@ -118,15 +133,16 @@ class TextToImageTraining(DiffusionTraining):
 
 
 class AutoencoderTraining(Training):
-    """Kingma & Welling 2014: mean absolute error of the reconstruction, plus ssim_weight (1 - SSIM), plus kl_weight times the KL
-    divergence of the posterior from the standard normal per latent number. Pictures are mirrored at random.
+    """Kingma & Welling 2014: mean absolute error of the reconstruction, plus ssim_weight (1 - SSIM), plus lpips_weight LPIPS (as
+    Rombach et al. 2022 do), plus kl_weight times the KL divergence of the posterior from the standard normal per latent number.
+    Images are mirrored at random. LPIPS needs AlexNet's weights (make data-lpips).
 
     decoder_only: leave the encoder as it is, and so the latents, that a U-Net may have been trained on already.
     """
 
-    def __init__(self, model, kl_weight=1e-5, ssim_weight=0.0, decoder_only=False, **kwargs):
+    def __init__(self, model, kl_weight=1e-5, ssim_weight=0.0, lpips_weight=0.0, decoder_only=False, **kwargs):
         super().__init__(model, **kwargs)
-        self.kl_weight, self.ssim_weight = kl_weight, ssim_weight
+        self.kl_weight, self.ssim_weight, self.lpips_weight = kl_weight, ssim_weight, lpips_weight
         if decoder_only:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
@@ -140,15 +156,19 @@ class AutoencoderTraining(Training):
         loss = F.l1_loss(reconstruction, x) + self.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
         if self.ssim_weight:
             loss += self.ssim_weight * (1 - structural_similarity_index_measure(reconstruction, x, data_range=2.0))
+        if self.lpips_weight:
+            loss += self.lpips_weight * lpips_loss(reconstruction, x).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i):
+    def validation_step(self, batch, i, which=0):
         x = batch[0]
         reconstruction = self.model(x)[0].clamp(-1, 1)
-        psnr = -10 * ((reconstruction - x) / 2).square().flatten(1).mean(1).log10()
-        self.log("val_psnr", psnr.mean(), prog_bar=True, sync_dist=True)
-        if i == 0 and self.trainer.is_global_zero:
+        self.log_held_out("val_psnr", psnr(reconstruction, x).mean(), which)
+        self.log_held_out("val_ssim", ssim(reconstruction, x).mean(), which)
+        if self.lpips_weight:
+            self.log_held_out("val_lpips", lpips_distance(reconstruction, x).mean(), which)
+        if i == which == 0 and self.trainer.is_global_zero:
             sheet = grid(torch.cat([x[:8], reconstruction[:8]]), 8)
             save_image(sheet, Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
 
@@ -175,10 +195,11 @@ class ClipTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _):
+    def validation_step(self, batch, _, which=0):
         loss, logits = self.loss(*batch)
         accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
-        self.log_dict({"val_loss": loss, "val_accuracy": accuracy}, prog_bar=True, sync_dist=True)
+        self.log_held_out("val_loss", loss, which)
+        self.log_held_out("val_accuracy", accuracy, which)
 
 
 def jitter(images, generator, turn=0.15, scale=0.15, shift=0.1):
@@ -201,6 +222,6 @@ class ClassifierTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _):
+    def validation_step(self, batch, _, which=0):
         x, y = batch
-        self.log("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
+        self.log_held_out("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), which)
