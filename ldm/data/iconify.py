@@ -5,7 +5,6 @@ import json
 import tarfile
 from pathlib import Path
 
-import resvg_py
 from PIL import Image
 
 
@@ -39,4 +38,6 @@ def bare(code):
 
 def draw(svg, size):
     """SVG text -> a transparent square image of size x size pixels. The same on every machine: no fonts, no GPU."""
+    import resvg_py  # of the extra `train`: not needed by who only reads what was drawn
+
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))))
