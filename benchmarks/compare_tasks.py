@@ -6,7 +6,7 @@ from tiny import Judge
 from ldm import comparison
 from ldm.checkpoints import load_model
 from ldm.comparison import Task
-from ldm.data.emoji import Emoji
+from ldm.data.emoji import SHIPPED_STYLES, Emoji
 from ldm.data.mnist import MNIST
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import from_uint8
@@ -52,7 +52,7 @@ class Tiny(_Model):
     features = "the tiny CLIP's 128 picture features, to the 219 other held-out pictures"
 
     def __init__(self, data, n, device):
-        held_out, model = Emoji(data, train=False), load_model("tiny", device=device)
+        held_out, model = Emoji(data, train=False, styles=SHIPPED_STYLES), load_model("tiny", device=device)
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
         self.images = from_uint8(held_out.images[order[:n]]).to(device)
         self.D, self.first_stage, self.tasks = LatentDenoiser(model, ""), model, {}

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.checkpoints import load_model
-from ldm.data.emoji import Emoji, sample_emoji
+from ldm.data.emoji import SHIPPED_STYLES, Emoji, sample_emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.images import from_uint8
 from ldm.metrics import kernel_distance, lpips_distance, lpips_weights, psnr, ssim
@@ -155,7 +155,7 @@ def main():
     args = parser.parse_args()
 
     device = resolve_device(args.device)
-    train, held_out = Emoji(args.data, train=True), Emoji(args.data, train=False)
+    train, held_out = (Emoji(args.data, train=part, styles=SHIPPED_STYLES) for part in (True, False))
     train_images, held_out_images = from_uint8(train.images), from_uint8(held_out.images)
     autoencoder, judge = load_model("tiny-autoencoder", device=device), Judge(device)
     quality = {

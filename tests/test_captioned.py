@@ -114,9 +114,9 @@ def test_emoji_captions():
                                                                          "1F3FB-1F3FF": {"image": "c.png"}}}  # fmt: skip
     flag = {**entry, "name": "FLAG", "category": "Flags"}
     assert list(entries([entry, flag])) == [
-        ("waving hand sign", "waving hand sign", "a.png"),
-        ("waving hand sign", "waving hand sign, light skin tone", "b.png"),
-        ("waving hand sign", "waving hand sign, light and dark skin tones", "c.png"),
+        ("waving hand sign", "waving hand sign", "People & Body", "a.png"),
+        ("waving hand sign", "waving hand sign, light skin tone", "People & Body", "b.png"),
+        ("waving hand sign", "waving hand sign, light and dark skin tones", "People & Body", "c.png"),
     ]
     assert len(held_out_names()) == 79
 

@@ -41,6 +41,7 @@ STYLES = {  # npm's name, file, sha256; in the order of Emoji.styles. Licences a
                  "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
 }  # fmt: skip
 DRAWN = 2  # the first of the styles that come as SVG
+SHIPPED_STYLES = ("noto", "fluent")
 MISNAMED = {("emojione", "cricket")}  # a bat and a ball, under the insect's name
 HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
@@ -75,11 +76,12 @@ class Emoji(Captioned):
               drawings of known names that `held_out_pairs` chooses
     by_name   an item is a name, and every look at it draws one of its images: otherwise people in all skin tones are half
               of the images, though a fifth of the names
+    styles    names out of STYLES, only these; None: all. The shipped models' training had ("noto", "fluent"), SHIPPED_STYLES
     `names[i]` is the caption of image i without the skin tone, `styles[i]` the place of its style in STYLES, `categories[i]` its
     group in Unicode's list, such as "Food & Drink".
     """
 
-    def __init__(self, root="data", train=True, by_name=False, held_out="names"):
+    def __init__(self, root="data", train=True, by_name=False, held_out="names", styles=None):
         path, make = Path(root) / "emoji" / "emoji.npz", f"`python -m ldm.data.emoji --root {root}` (make data-emoji) makes it"
         if held_out not in ("names", "pairs"):
             raise ValueError(f"held_out = {held_out!r}: give 'names' or 'pairs'")
@@ -88,16 +90,17 @@ class Emoji(Captioned):
         with np.load(path, allow_pickle=False) as file:
             if "categories" not in file:
                 raise ValueError(f"{path} is of an earlier version, with fewer styles: {make} anew")
-            names, captions, styles, categories = (file[key] for key in ("names", "captions", "styles", "categories"))
+            names, captions, style, categories = (file[key] for key in ("names", "captions", "styles", "categories"))
             sheet = np.asarray(Image.open(io.BytesIO(file["sheet"].tobytes())))  # [rows * 64, columns * 64, 3]
         rows = sheet.shape[0] // SIZE
         images = sheet.reshape(rows, SIZE, COLUMNS, SIZE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIZE, SIZE)
         unknown = np.isin(names, held_out_names())
-        pair = held_out_pairs(names, styles) & ~unknown
-        chosen = np.flatnonzero(~(unknown | pair) if train else unknown if held_out == "names" else pair)
+        pair = held_out_pairs(names, style) & ~unknown
+        wanted = np.isin(style, [list(STYLES).index(name) for name in styles or STYLES])
+        chosen = np.flatnonzero((~(unknown | pair) if train else unknown if held_out == "names" else pair) & wanted)
         self.images = torch.from_numpy(images[chosen])  # [N, 3, 64, 64] uint8
         self.names, self.captions, self.categories = (x[chosen].tolist() for x in (names, captions, categories))
-        self.styles = torch.from_numpy(styles[chosen])
+        self.styles = torch.from_numpy(style[chosen])
         groups = {}
         for i, name in enumerate(self.names):
             groups.setdefault(name if by_name else i, []).append(i)
@@ -118,8 +121,9 @@ def held_out_names():
 
 
 def held_out_pairs(names, styles):
-    """Which images [N] are drawings set aside although their names are known: of every name whose sha256 begins with a byte
-    below 36 (a tenth of those known) one of the drawings in the SVG styles, the second byte modulo their number; in all skin tones."""
+    """Which images [N] are drawings set aside although their names are known. The rule: of every name whose sha256 begins with a
+    byte below 36 (a tenth of those known), one of the drawings in the SVG styles, in all skin tones; which one, the second byte
+    says, modulo their number."""
     drawn = {}
     for name, style in zip(names, styles, strict=True):
         if style >= DRAWN:
@@ -237,9 +241,14 @@ def main():
     if args.sample:
         print(write_sample(args.root))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-    for part, options in {"training": {}, **{f"held-out {of}": dict(train=False, held_out=of) for of in ("names", "pairs")}}.items():
+    for part, options in {
+        "training": {},
+        **{f"held-out {of}": dict(train=False, held_out=of) for of in ("names", "pairs")},
+    }.items():
         data = Emoji(path.parents[1], **options)
-        counts = ", ".join(f"{style} {n}" for style, n in zip(STYLES, data.styles.bincount(minlength=len(STYLES)).tolist(), strict=True))
+        counts = ", ".join(
+            f"{style} {n}" for style, n in zip(STYLES, data.styles.bincount(minlength=len(STYLES)).tolist(), strict=True)
+        )
         print(f"{part}: {len(data)} images of {len(set(data.names))} names ({counts})")
 
 

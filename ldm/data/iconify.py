@@ -16,7 +16,7 @@ def members(path, folder):
 
 def read_icons(path):
     """({name: SVG text}, {code points: name}) of an @iconify-json package, a .tgz. Code points are as in "1f44b-1f3fb", without
-    the variation selector FE0F. Aliases are names of their own; mirrored ones are left out, and some packages have no code points."""
+    the variation selector FE0F; some packages have none. Aliases are names of their own; mirrored ones are left out."""
     files = members(path, "package")
     data = json.loads(files["icons.json"])
     names = {name: name for name in data["icons"]}
