@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from ldm.kinds import infer_config, published_names
 from ldm.util import ROOT, instantiate_from_config, load_config, moved, resolve_device
-from ldm.weights import index, index_parts, match, some
+from ldm.weights import index, index_parts, match
 
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
@@ -22,8 +23,7 @@ SHIPPED = {  # name: (config, weights)
     "tiny-autoencoder": ("configs/tiny/autoencoder.yaml", "checkpoints/tiny/autoencoder.safetensors"),
     "tiny-clip": ("configs/tiny/clip.yaml", "checkpoints/tiny/clip.safetensors"),
 }
-# Kinds of Stable Diffusion that do more than text to picture, by the channels that their U-Net takes.
-OTHER_KINDS = {5: "a depth-conditioned", 7: "an upscaling", 8: "an instruction-editing", 9: "an inpainting"}
+SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 # Names that were here in version 0.1.
 __getattr__ = moved("ldm.checkpoints", "ldm.weights", "save_weights load_parts Stored check_schedule RECOMPUTED TRAINING_ONLY")
 
@@ -32,11 +32,12 @@ def load_model(source="tiny", config=None, device="auto", dtype=None, prediction
     """A pre-trained model: in eval mode, without gradients, its 4-D weights channels-last.
 
     source      a shipped model (a key of SHIPPED; "tiny" is a small text-to-image model of the kind of Stable Diffusion)
-                or the path of a .ckpt or .safetensors file; or a folder that diffusers has saved a pipeline to, which
+                or the path of a .ckpt, .pt or .safetensors file; or a folder that diffusers has saved a pipeline to, which
                 then is the model of `ldm.diffusers_models.from_diffusers`
     config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or
-                found out from the file's tensors (Stable Diffusion v1 and v2). Its `parts` name files for those parts
-                of the model that the source itself does not hold
+                found out from the file's tensors (`ldm.kinds`: Stable Diffusion v1 and v2, ADM, latent diffusion on faces,
+                ImageNet and LSUN, autoencoders). Its `parts` name files for those parts of the model that the source
+                itself does not hold
     device      "auto" (CUDA, MPS or CPU), or a device's name
     dtype       of the weights: float32 (None), torch.float16 or torch.bfloat16. What goes in and comes out stays
                 float32, and the noise schedule float64
@@ -58,7 +59,7 @@ def load_model(source="tiny", config=None, device="auto", dtype=None, prediction
 
         return from_diffusers(Path(source).expanduser(), prediction=prediction, device=device, dtype=dtype)
     path, config = locate(source, config)
-    stored = index(path)
+    stored = published_names(index(path))
     config = infer_config(path, stored, prediction) if config is None else config
     overrides = {} if prediction is None else {"parameterization": prediction}
     model_config, parts = read_config(config)
@@ -100,10 +101,10 @@ def locate(source, config):
             )
         return path, ROOT / shipped_config if config is None else config
     path = Path(source).expanduser()
-    if path.suffix not in (".ckpt", ".safetensors"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a .ckpt "
-            "or .safetensors file or of a diffusers pipeline's folder (with model_index.json)"
+            f"{str(source)!r} is neither a shipped model ({', '.join(SHIPPED)}) nor the path of a "
+            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file or of a diffusers pipeline's folder (with model_index.json)"
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
@@ -117,31 +118,3 @@ def read_config(config):
         config = load_config(config)
     config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     return config.get("model", config), config.get("parts") or {}
-
-
-def infer_config(path, stored, prediction):
-    """The path of the config that the tensors of a Stable Diffusion checkpoint belong to."""
-    first = stored.get("model.diffusion_model.input_blocks.0.0.weight")
-    to_k = stored.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if first is None or to_k is None:
-        raise ValueError(
-            f"{path} holds no text-conditioned U-Net under model.diffusion_model (its tensors: {some(stored)}): give its config"
-        )
-    if (channels := first.meta.shape[1]) != 4:
-        kind = OTHER_KINDS.get(channels, "another")
-        raise ValueError(
-            f"{path} is {kind} model, its U-Net takes {channels} channels: give the text-to-picture model "
-            "(4 channels), constraints need no model of their own"
-        )
-    width = to_k.meta.shape[1]
-    if width not in (768, 1024):
-        raise ValueError(
-            f"{path} is neither Stable Diffusion v1 nor v2: its U-Net takes text of width {width}, not 768 or 1024; give its config"
-        )
-    if width == 1024 and prediction is None:
-        raise ValueError(
-            f"{path} is Stable Diffusion v2, and its tensors do not tell what it predicts: give "
-            'prediction="v" (the 768 models) or prediction="eps" (the 512 base models)'
-        )
-    name = "v1-inference" if width == 768 else "v2-inference-v" if prediction == "v" else "v2-inference"
-    return ROOT / f"configs/stable-diffusion/{name}.yaml"

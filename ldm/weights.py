@@ -103,7 +103,7 @@ class Stored(NamedTuple):
 
 
 def index(path):
-    """{name: Stored} of the tensors in a .safetensors or .ckpt file."""
+    """{name: Stored} of the tensors in a file: .safetensors, or any other suffix for what torch.save writes."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     stored = index_safetensors(path) if path.suffix == ".safetensors" else index_ckpt(path)

@@ -294,8 +294,8 @@ def test_broken_files_are_one_sentence(pixels, tmp_path):
 def test_names_that_lead_nowhere(tmp_path):
     refused("mnits", "mnits", "mnist, mnist-classifier", config=None)
     refused(tmp_path, "neither a shipped model")
-    (tmp_path / "a.pt").write_bytes(b"1")
-    refused(tmp_path / "a.pt", "a.pt", ".safetensors")
+    (tmp_path / "a.bin").write_bytes(b"1")
+    refused(tmp_path / "a.bin", "a.bin", ".ckpt, .pt, .pth or .safetensors file")
     refused(tmp_path / "absent.ckpt", "absent.ckpt", "no such file", error=FileNotFoundError)
 
 
@@ -386,8 +386,9 @@ def test_the_config_is_found_from_the_tensors():
         "an inpainting model": (names_only(first=(320, 9, 3, 3), to_k=(320, 768)), None),
         "a depth-conditioned model": (names_only(first=(320, 5, 3, 3), to_k=(320, 1024)), None),
         "another model, its U-Net takes 6 channels": (names_only(first=(320, 6, 3, 3), to_k=(320, 768)), None),
+        "no known kind: its U-Net takes 4 channels": (names_only(first=(96, 4, 3, 3)), None),
         "text of width 2048": (names_only(first=(320, 4, 3, 3), to_k=(640, 2048)), None),
-        "no text-conditioned U-Net": ({"unet.conv_in.weight": None}, None),
+        "no U-Net under model.diffusion_model and no autoencoder": ({"unet.conv_in.weight": None}, None),
     }
     for words, (stored, prediction) in wrong.items():
         with pytest.raises(ValueError, match=words):

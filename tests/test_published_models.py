@@ -1,15 +1,20 @@
 """The models that papers report on: names, shapes and counts of the published checkpoints, on "meta"."""
 
 import gzip
+from pathlib import Path
 
 import pytest
 import torch
 from common import ROOT, randomised
 from omegaconf import OmegaConf
 
+from ldm.checkpoints import load_model
+from ldm.kinds import infer_config, known_unets, published_names, unet_signature
+from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.modules.encoders.labels import class_labels
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.util import instantiate_from_config, load_config
+from ldm.weights import Stored, match
 
 CONFIGS = ROOT / "configs"
 # As published, with everything that only training uses: what bsr_sr, cin256-v2, churches and the autoencoders add together.
@@ -221,3 +226,93 @@ def test_latents_of_vq_and_of_kl():
         torch.testing.assert_close(z, scale * expected)
         torch.testing.assert_close(model.decode(z), model.first_stage_model.decode(expected), rtol=1e-4, atol=1e-4)
         assert torch.equal(model.encode(images, sample=True), z) == name.endswith("vq-4")
+
+
+# What load_model knows from the tensors
+
+
+def stored(shapes):
+    """Tensors by shape, as `ldm.weights.index` gives them, without a file."""
+    return {k: Stored(None, 0, torch.empty(shape, device="meta")) for k, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name, config", [
+    ("adm-ffhq-256", "adm/ffhq-256"), ("adm-imagenet-256-uncond", "adm/imagenet-256"),
+    ("ldm-ffhq-ldm-vq-4", "latent-diffusion/ffhq-ldm-vq-4"), ("ldm-cin256-v2", "latent-diffusion/cin256-v2"),
+])  # fmt: skip
+def test_published_checkpoints_are_known(name, config):
+    tensors = published_names(stored(published(name)))
+    path = infer_config("a.pt", tensors)
+    assert path == CONFIGS / f"{config}.yaml"
+    assert len(match(Path("a.pt"), tensors, on_meta(load_config(path)).state_dict(keep_vars=True))) == len(tensors)
+
+
+def test_every_shipped_config_is_known_by_its_own_tensors():
+    paths = sorted([*(CONFIGS / "adm").glob("*.yaml"), *(CONFIGS / "latent-diffusion").glob("*.yaml")])
+    assert len(paths) == 10 == len(known_unets())
+    for path in paths:
+        with torch.device("meta"):
+            unet = instantiate_from_config(load_config(path).model.params.unet_config)
+        assert infer_config("a.pt", published_names(stored(shapes(unet)))) == path
+
+
+F4, F8 = dict(ch_mult=(1, 2, 4), attn_resolutions=()), dict(ch_mult=(1, 2, 4, 4), attn_resolutions=())
+
+
+@pytest.mark.parametrize("cls, z, embed_dim, n_embed, ddconfig, count", [
+    # count: millions of parameters
+    (AutoencoderKL, 3, 3, None, F4, 55), (AutoencoderKL, 4, 4, None, F8, 84),
+    (AutoencoderKL, 16, 16, None, dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,)), None),
+    (AutoencoderKL, 64, 64, None, dict(ch_mult=(1, 1, 2, 2, 4, 4), attn_resolutions=(16, 8)), None),
+    (VQModel, 3, 3, 8192, F4, 55), (VQModel, 3, 3, 8192, F4 | dict(attn_type="none"), None),
+    (VQModel, 4, 4, 16384, dict(ch_mult=(1, 2, 2, 4), attn_resolutions=(32,)), None),
+    (VQModel, 8, 6, 16384, dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,)), None),
+])  # fmt: skip
+def test_autoencoders_are_read_off_their_shapes(cls, z, embed_dim, n_embed, ddconfig, count):
+    """autoencoder_kl_64x64x3, 32x32x4, 16x16x16, 8x8x64; vq-f4, vq-f4-noattn, vq-f8, and one whose embed_dim is not z_channels."""
+    sizes = dict(double_z=n_embed is None, z_channels=z, resolution=256, in_channels=3, out_ch=3, ch=128, num_res_blocks=2)
+    ddconfig = sizes | ddconfig
+    with torch.device("meta"):
+        theirs = cls(ddconfig=ddconfig, embed_dim=embed_dim, **({} if n_embed is None else {"n_embed": n_embed}))
+        ours = instantiate_from_config(infer_config("a.ckpt", stored(shapes(theirs))))
+    assert shapes(ours) == shapes(theirs) and isinstance(ours, cls)
+    if count:
+        assert round(sum(p.numel() for p in ours.parameters()) / 1e6) == count
+
+
+def test_other_files_are_one_sentence():
+    adm = published("adm-ffhq-256")
+    for change, words in [
+        ({"input_blocks.0.0.weight": [96, 3, 3, 3]}, "its U-Net takes 3 channels, gives 6, is 96 wide and has no classes"),
+        ({"label_emb.weight": [10, 512]}, "has 10 classes; give its config"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            infer_config("a.pt", published_names(stored(adm | change)))
+
+
+def test_a_bare_state_dict_loads_with_and_without_its_config(tmp_path, monkeypatch):
+    """A .pt as guided diffusion writes it; safely, strictly, and to the same network."""
+    model = built("adm/imagenet-256-classes")
+    torch.save(model.unet.state_dict(), tmp_path / "a.pt")
+    OmegaConf.save(OmegaConf.create({"model": tiny("adm/imagenet-256-classes")}), tmp_path / "tiny.yaml")
+    known = {unet_signature(shapes(model)): tmp_path / "tiny.yaml"}
+    monkeypatch.setattr("ldm.kinds.known_unets", lambda: known)
+    for config in (None, tmp_path / "tiny.yaml"):
+        loaded = load_model(tmp_path / "a.pt", config, device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    state = model.unet.state_dict()
+    del state["label_emb.weight"]
+    torch.save(state, tmp_path / "less.pt")
+    with pytest.raises(ValueError, match=r"missing tensors \(1\): model.diffusion_model.label_emb.weight"):
+        load_model(tmp_path / "less.pt", tmp_path / "tiny.yaml", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["latent-diffusion/cin256-v2", "latent-diffusion/lsun_churches-ldm-kl-8"])
+def test_latent_diffusion_loads_with_its_scale(name, tmp_path):
+    model = built(name)
+    state = model.state_dict() | ({"scale_factor": torch.tensor(0.22)} if "churches" in name else {})
+    state |= {"logvar": torch.zeros(1000), "first_stage_model.loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    loaded = load_model(tmp_path / "model.ckpt", {"model": tiny(name)}, device="cpu")
+    assert float(loaded.scale_factor) == pytest.approx(0.22 if "churches" in name else 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

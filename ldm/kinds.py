@@ -1,0 +1,131 @@
+"""What a checkpoint holds: the config that its tensors belong to, found out from their names and shapes.
+
+    a U-Net of configs/adm or configs/latent-diffusion    ADM, latent diffusion on VQ-f4 and KL-f8
+    another U-Net that takes text                         Stable Diffusion v1 and v2
+    an autoencoder alone                                  any AutoencoderKL or VQModelInterface, its config read off the shapes
+
+Only a few shapes are looked at here. Whether all of them fit is for `ldm.weights.match` to say.
+"""
+
+from functools import cache
+from itertools import count
+from typing import NamedTuple
+
+from ldm.util import ROOT, load_config
+from ldm.weights import some
+
+UNET = "model.diffusion_model."
+# Kinds of Stable Diffusion that do more than text to image, by the channels that their U-Net takes.
+OTHER_KINDS = {5: "a depth-conditioned", 7: "an upscaling", 8: "an instruction-editing", 9: "an inpainting"}
+
+
+class Signature(NamedTuple):
+    """What tells the known U-Nets from each other."""
+
+    in_channels: int
+    out_channels: int
+    width: int  # of the first level
+    blocks: int  # input_blocks
+    context: int | None  # width of the tokens
+    classes: int | None
+
+
+def published_names(stored):
+    """The tensors of a file by the names of published configs: ADM's files hold the U-Net alone, without a prefix."""
+    bare = "time_embed.0.weight" in stored and "input_blocks.0.0.weight" in stored
+    return {UNET + name: tensor for name, tensor in stored.items()} if bare else stored
+
+
+def infer_config(path, stored, prediction=None):
+    """The config that the tensors of a file belong to: the path of a yaml file, or for an autoencoder a dict.
+
+    stored: {name: Stored} as `ldm.weights.index` and `published_names` give it; prediction: "eps", "v" or None, for Stable
+    Diffusion v2. ValueError, saying what the file is, where it is of no known kind.
+    """
+    if "encoder.conv_in.weight" in stored and "decoder.conv_in.weight" in stored:
+        return autoencoder_config(shapes_of(stored))
+    first = stored.get(UNET + "input_blocks.0.0.weight")
+    if first is None:
+        raise ValueError(f"{path} holds no U-Net under model.diffusion_model and no autoencoder ({some(stored)}): give its config")
+    signature = unet_signature(shapes_of(stored))
+    if signature in known_unets():
+        return known_unets()[signature]
+    if signature.context is None:
+        raise ValueError(
+            f"{path} is of no known kind: its U-Net takes {signature.in_channels} channels, gives {signature.out_channels}, is "
+            f"{signature.width} wide and has {'no' if signature.classes is None else signature.classes} classes; give its config"
+        )
+    return stable_diffusion_config(path, signature, prediction)
+
+
+def shapes_of(stored):
+    return {name: list(tensor.meta.shape) for name, tensor in stored.items()}
+
+
+def unet_signature(shapes):
+    """The Signature of the U-Net among the shapes of a file's tensors."""
+    blocks = next(i for i in count() if not any(k.startswith(f"{UNET}input_blocks.{i}.") for k in shapes))
+    width, in_channels = shapes[UNET + "input_blocks.0.0.weight"][:2]
+    context = next((shape[1] for k, shape in shapes.items() if k.startswith(UNET) and k.endswith("attn2.to_k.weight")), None)
+    out_channels = shapes.get(UNET + "out.2.weight", [0])[0]
+    classes = shapes.get(UNET + "label_emb.weight", [None])[0]
+    return Signature(in_channels, out_channels, width, blocks, context, classes)
+
+
+@cache
+def known_unets():
+    """{Signature: path of the config} of all U-Nets in configs/adm and configs/latent-diffusion."""
+    known = {}
+    for path in sorted([*(ROOT / "configs/adm").glob("*.yaml"), *(ROOT / "configs/latent-diffusion").glob("*.yaml")]):
+        unet = load_config(path).model.params.unet_config.params
+        width = int(unet.channel_mult[0] * unet.model_channels)
+        blocks = len(unet.channel_mult) * (unet.num_res_blocks + 1)
+        context, classes = unet.get("context_dim"), unet.get("num_classes")
+        known[Signature(unet.in_channels, unet.out_channels, width, blocks, context, classes)] = path
+    return known
+
+
+def stable_diffusion_config(path, signature, prediction):
+    """The path of the config of a Stable Diffusion v1 or v2 with this U-Net."""
+    if (channels := signature.in_channels) != 4:
+        kind = OTHER_KINDS.get(channels, "another")
+        raise ValueError(
+            f"{path} is {kind} model, its U-Net takes {channels} channels: give the text-to-image model "
+            "(4 channels), constraints need no model of their own"
+        )
+    width = signature.context
+    if width not in (768, 1024):
+        raise ValueError(
+            f"{path} is neither Stable Diffusion v1 nor v2: its U-Net takes text of width {width}, not 768 or 1024; give its config"
+        )
+    if width == 1024 and prediction is None:
+        raise ValueError(
+            f"{path} is Stable Diffusion v2, and its tensors do not tell what it predicts: give "
+            'prediction="v" (the 768 models) or prediction="eps" (the 512 base models)'
+        )
+    name = "v1-inference" if width == 768 else "v2-inference-v" if prediction == "v" else "v2-inference"
+    return ROOT / f"configs/stable-diffusion/{name}.yaml"
+
+
+def autoencoder_config(shapes):
+    """The config of an autoencoder: everything but the size it was trained at can be read off the shapes of its tensors."""
+    ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+    levels = next(i for i in count() if f"encoder.down.{i}.block.0.conv1.weight" not in shapes)
+    resolution = 256
+    ddconfig = {
+        "double_z": "quantize.embedding.weight" not in shapes,
+        "z_channels": shapes["decoder.conv_in.weight"][1],
+        "resolution": resolution,
+        "in_channels": in_channels,
+        "out_ch": shapes["decoder.conv_out.weight"][0],
+        "ch": ch,
+        "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
+        "num_res_blocks": next(i for i in count() if f"encoder.down.0.block.{i}.conv1.weight" not in shapes),
+        "attn_resolutions": [resolution // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes],
+        "attn_type": "vanilla" if "encoder.mid.attn_1.q.weight" in shapes else "none",
+    }
+    params = {"ddconfig": ddconfig, "embed_dim": shapes["post_quant_conv.weight"][1]}
+    if ddconfig["double_z"]:
+        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+    params["n_embed"] = shapes["quantize.embedding.weight"][0]
+    return {"target": "ldm.models.autoencoder.VQModelInterface", "params": params}
