@@ -85,6 +85,8 @@ def on_white(image):
 @contextmanager
 def _named(source, name):
     """Turns whatever a decoder raises inside into a ValueError of one sentence that names the file."""
+    if not isinstance(source, (str, os.PathLike, bytes, Image.Image)):
+        raise ValueError(f"{name} is {type(source).__name__}: give the path of an image file, its bytes or a PIL image")
     try:
         yield
     except FileNotFoundError:
@@ -113,8 +115,6 @@ def _opened(source):
     if isinstance(source, Image.Image):
         yield source
         return
-    if not isinstance(source, (str, os.PathLike, bytes)):
-        raise TypeError("give the path of an image file, its bytes or a PIL image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many pixels, of damaged EXIF: either it can be read or there is an error
         file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()

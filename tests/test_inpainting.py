@@ -4,10 +4,8 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy.sparse.linalg import spsolve
 
-from ldm.images import load_image
 from ldm.inpainting import blend, check_mask, fit, harmonic_fill, join, latent_mask, make_mask, outpaint
 
 
@@ -66,63 +64,6 @@ def test_poisson_blending_takes_out_a_step():
     assert (blend(image + 0.3, image, mask, poisson=True) - image).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("what", ["left", "right", "top", "bottom", "centre", "strokes", (3, 4, 5, 6)])
-def test_masks(what):
-    mask = make_mask(what, (32, 48), seed=3)
-    assert mask.shape == (1, 1, 32, 48) and set(mask.unique().tolist()) == {0, 1}
-    known = mask.mean().item()
-    share = {"centre": 0.75, "strokes": 0.75, (3, 4, 5, 6): 1 - 30 / (32 * 48)}.get(what, 0.5)
-    assert abs(known - share) < (0.1 if what == "strokes" else 1e-6)
-    if what == "strokes":
-        assert torch.equal(mask, make_mask(what, (32, 48), seed=3)) and not torch.equal(mask, make_mask(what, (32, 48), seed=4))
-
-
-def test_a_latent_pixel_is_known_where_all_of_its_pixels_are():
-    mask = torch.ones(1, 1, 16, 16)
-    mask[..., 5, 5] = 0
-    small = latent_mask(mask, 4)
-    assert small.sum() == 15 and small[0, 0, 1, 1] == 0
-    with pytest.raises(ValueError, match=r"mask has the size \[16, 16\]: give multiples of 5"):
-        latent_mask(mask, 5)
-
-
-def test_masks_from_files(tmp_path):
-    """White is filled in; a file of another size is resized, conservatively; transparency is a hole."""
-    drawn = np.zeros((32, 32), np.uint8)
-    drawn[8:16, 8:16] = 255
-    Image.fromarray(drawn).save(tmp_path / "mask.png")
-    mask = make_mask(tmp_path / "mask.png", (32, 32))
-    assert torch.equal(mask[0, 0], torch.from_numpy(drawn == 0).float())
-    larger = make_mask(tmp_path / "mask.png", (48, 48))
-    assert not larger[..., 12:24, 12:24].any() and larger[..., :8, :8].all()
-    rgba = np.full((32, 32, 4), 255, np.uint8)
-    rgba[:, 20:, 3] = 0
-    Image.fromarray(rgba).save(tmp_path / "holed.png")
-    assert make_mask("alpha", (32, 32), image_path=tmp_path / "holed.png")[0, 0].sum() == 32 * 20
-
-
-def test_wrong_masks_are_one_sentence_each(tmp_path):
-    Image.new("L", (40, 20)).save(tmp_path / "wide.png")
-    Image.new("L", (20, 20)).save(tmp_path / "black.png")
-    Image.new("L", (20, 20), 255).save(tmp_path / "white.png")
-    (tmp_path / "text.png").write_text("no picture")
-    for what, message in {
-        "middle": "mask = 'middle': no such file; otherwise give 'left', ",
-        str(tmp_path / "text.png"): "not a readable picture",
-        str(tmp_path / "wide.png"): "20 x 40 pixels, but the image has 32 x 32: give one of the same aspect ratio",
-        str(tmp_path / "black.png"): "mask has no hole",
-        str(tmp_path / "white.png"): "mask is all hole",
-        (30, 0, 5, 5): r"give \(top, left, height, width\) inside the picture of 32 x 32",
-        (0, 0, 0, 0): "mask has no hole",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            make_mask(what, (32, 32))
-    with pytest.raises(ValueError, match="image = 'None': no such file"):
-        make_mask("alpha", (32, 32))
-    with pytest.raises(ValueError, match="all hole"):
-        check_mask(torch.stack([torch.ones(1, 4, 4).tril(), torch.zeros(1, 4, 4)]))
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 90), st.integers(2, 90))
 def test_any_size_fits_the_model_s_grid(h, w):
@@ -136,7 +77,7 @@ def test_any_size_fits_the_model_s_grid(h, w):
     assert known[..., height - 1, width - 1].all()
 
 
-def test_a_picture_that_fits_is_left_alone():
+def test_a_image_that_fits_is_left_alone():
     image, mask = torch.rand(2, 3, 64, 96), make_mask("left", (64, 96))
     canvas, known, size = fit(image, mask, 64, 16)
     assert torch.equal(canvas, image) and torch.equal(known, mask.expand_as(known)) and size == (64, 96)
@@ -162,11 +103,24 @@ def test_outpainting_and_joining():
         join(image, other, 0.7)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "LA"])
-def test_pictures_of_every_kind_convert(mode, tmp_path):
-    grey = np.linspace(0, 255, 64).reshape(8, 8).round().astype(np.uint8)
-    picture = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
-    picture.save(tmp_path / "picture.png")
-    image = load_image(tmp_path / "picture.png")
-    assert image.shape == (1, 3, 8, 8)
-    assert (image[0, 0] - (torch.from_numpy(grey) / 127.5 - 1)).abs().max() < 0.01
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64])
+def test_masks_of_any_dtype_are_taken(dtype):
+    image, mask = torch.rand(1, 3, 16, 24), make_mask("left", (16, 24))
+    known = mask.to(dtype)
+    assert torch.equal(latent_mask(known, 4).float(), latent_mask(mask, 4))
+    assert torch.equal(check_mask(known).float(), mask)
+    assert torch.equal(harmonic_fill(image, known), harmonic_fill(image, mask))
+    assert torch.equal(blend(image.flip(3), image, known), blend(image.flip(3), image, mask))
+    for a, b in zip(fit(image, known, 32, 16)[:2], fit(image, mask, 32, 16)[:2], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"feather": 2}, {"poisson": True}])
+def test_blending_names_what_is_not_finite(options):
+    image, mask = torch.zeros(1, 3, 8, 8), make_mask("left", (8, 8))
+    bad = image.clone()
+    bad[0, 0, 0, 7] = float("nan")
+    with pytest.raises(FloatingPointError, match="the sampled image, .*, has 1 of 192 values that are NaN or infinite: .*float32"):
+        blend(bad, image, mask, **options)
+    with pytest.raises(FloatingPointError, match="the known image, .*, has 1 of 192 values"):
+        blend(image, bad, mask, **options)
