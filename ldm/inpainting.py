@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import InterpolationMode, resize
 
 from ldm.images import check_finite
-from ldm.masks import check_mask, latent_mask, make_mask
+from ldm.masks import check_mask, latent_mask, make_mask, resize_mask
 
 __all__ = ["blend", "check_mask", "fit", "harmonic_fill", "join", "latent_mask", "make_mask", "outpaint", "reencode"]
 
@@ -28,7 +28,7 @@ def fit(image, mask, short_side, multiple):
     size = [max(round(n * short_side / min(h, w)), short_side) for n in (h, w)]
     if tuple(size) != (h, w):
         image = resize(image, size, InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
-        mask = (resize(mask, size, InterpolationMode.BILINEAR, antialias=True) > 0.999).to(image)  # known: wholly known
+        mask = resize_mask(mask, size)
     pad = [0, -size[1] % multiple, 0, -size[0] % multiple]
     return F.pad(image, pad), F.pad(mask.expand(-1, 1, *size), pad), tuple(size)
 

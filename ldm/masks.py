@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from ldm.images import open_image, read_image, scaled, white
 
@@ -107,6 +108,12 @@ def latent_mask(mask, downsampling):
         raise ValueError(f"mask has the size {list(mask.shape[2:])}: give multiples of {downsampling} (`fit` makes them)")
     mask = mask if mask.is_floating_point() else mask.float()
     return 1 - F.max_pool2d(1 - mask, downsampling)
+
+
+def resize_mask(mask, size):
+    """A mask [B, 1, h, w] at another size (H, W), for an image that is resized too: a pixel is known where all pixels
+    that are averaged for it are known."""
+    return (resize(mask, list(size), InterpolationMode.BILINEAR, antialias=True) > 0.999).to(mask)
 
 
 # ---- shapes
@@ -218,7 +225,8 @@ def _of_tensor(what, size, shown):
 
 def _pixels(values, size, shown):
     """An array [H, W], [H, W, C] or [C, H, W] as [H, W, C], C = 1 to 4: of two ways to read it the one nearer to `size`."""
-    ways = [values[..., None]] if values.ndim == 2 else [values, np.moveaxis(values, 0, -1)] if values.ndim == 3 else []
+    ways = [values[..., None]] if values.ndim == 2 else [values] if values.ndim == 3 else []
+    ways += [np.moveaxis(values, 0, -1)] if values.ndim == 3 and len(values) != 2 else []
     ways = [way for way in ways if 1 <= way.shape[2] <= 4 and way.size]
     if not ways or values.dtype.kind not in "buif":
         raise ValueError(

@@ -9,6 +9,7 @@ that is loaded already, `NewtonConstrainedPipeline(**pipe.components)`. The samp
 those of this repository, which has to be installed (pip install -e .).
 """
 
+import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -20,10 +21,13 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from ldm.constraints import latent_inpainting
 from ldm.diffusers_models import PipelineDenoiser, from_diffusers
-from ldm.inpainting import blend, check_mask
+from ldm.images import on_white, open_image
+from ldm.inpainting import blend
+from ldm.masks import check_mask, read_mask, resize_mask
 from ldm.newton_sampler import H, newton_sampler
 from ldm.solver import fast_sampler
 
@@ -85,7 +89,7 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt="",                      # a string or a list
-        image=None,                     # PIL pictures, arrays or tensors in 0 .. 1: one for all, or a list
+        image=None,                     # PIL images, paths, arrays or tensors in 0 .. 1: one for all, or a list
         mask_image=None,                # white (1): to be filled in, black (0): kept
         height=None,                    # in pixels; None: the image's, rounded down to what the network takes
         width=None,
@@ -160,20 +164,24 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def read_inputs(self, image, mask_image, height, width, multiple):
-        """Pictures [n, 3, H, W] in -1 .. 1 and masks [m, 1, H, W], 1 where known, with H and W multiples of `multiple`."""
+        """Images [n, 3, H, W] in -1 .. 1 and masks [m, 1, H, W], 1 where known, with H and W multiples of `multiple`. Files and PIL
+        images are read as everywhere (ldm/images.py, ldm/masks.py); arrays and tensors of a mask are 1 where it is filled in."""
         for name, value in {"image": image, "mask_image": mask_image}.items():
             if value is None:
                 raise ValueError(f"{name} is missing: give image and mask_image, or constraint")
-        own = [VaeImageProcessor(vae_scale_factor=1).preprocess(x).shape[2:] for x in (image, mask_image)]
-        if own[0] != own[1]:
-            raise ValueError(f"mask_image has {own[1][0]} x {own[1][1]} pixels, but image has {own[0][0]} x {own[0][1]}: give two "
-                             "of the same size")  # fmt: skip
-        pictures = VaeImageProcessor(vae_scale_factor=multiple, do_convert_rgb=True)
-        masks = VaeImageProcessor(vae_scale_factor=multiple, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-        picture, hole = pictures.preprocess(image, height, width), masks.preprocess(mask_image, height, width)
-        if picture.shape[1] != 3 or hole.shape[1] != 1:
-            raise ValueError(f"image has {picture.shape[1]} and mask_image {hole.shape[1]} channels: give 3 and 1")
-        return picture.to(self._execution_device, torch.float32), check_mask(1 - hole).to(self._execution_device, torch.float32)
+        images = [as_pil(x) for x in entries(image)]
+        own = VaeImageProcessor(vae_scale_factor=1).preprocess(images).shape[2:]
+        images = VaeImageProcessor(vae_scale_factor=multiple).preprocess(images, height, width)
+        if images.shape[1] != 3:
+            raise ValueError(f"image has {images.shape[1]} channels: give 3")
+        if torch.is_tensor(mask_image):
+            mask_image = mask_image.detach().float().cpu().numpy()
+        if isinstance(mask_image, np.ndarray) and mask_image.ndim == 3 and mask_image.shape[2] not in (1, 3, 4):
+            mask_image = mask_image[None] if len(mask_image) == 3 != len(images) else mask_image[:, None]  # channels, or a batch
+        masks = [x.detach().float().cpu().numpy() if torch.is_tensor(x) else x for x in entries(mask_image)]
+        known = torch.cat([read_mask(x, own, name="mask_image") for x in masks])
+        known = check_mask(known if images.shape[2:] == own else resize_mask(known, images.shape[2:]))
+        return images.to(self._execution_device, torch.float32), known.to(self._execution_device, torch.float32)
 
     @staticmethod
     def as_batch(each, prompt, negative_prompt, picture, mask):
@@ -203,3 +211,15 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             images, flagged = plain.run_safety_checker(images, images.device, self.vae.dtype)
             safe = [not flag for flag in flagged]  # a flagged picture comes back black
         return plain.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)
+
+
+def entries(x):
+    """A list, or the entries of a batch [B, ...], or the one thing that is given, as a list."""
+    return list(x) if isinstance(x, (list, tuple)) or isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim == 4 else [x]
+
+
+def as_pil(x):
+    """A file, a PIL image or an array of bytes [H, W, 3] as an upright RGB image, on white; other arrays and tensors as given."""
+    if isinstance(x, np.ndarray) and x.dtype == np.uint8:
+        x = Image.fromarray(x)
+    return x if isinstance(x, (np.ndarray, torch.Tensor)) else on_white(open_image(x)).convert("RGB")

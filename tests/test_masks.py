@@ -217,8 +217,8 @@ def test_wrong_masks_are_one_sentence_each(tmp_path):
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
-@given(st.sampled_from("?BbHhiqefd"), st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans(), st.booleans(),
-       st.integers(0, 2**32))  # fmt: skip
+@given(st.sampled_from("?BbHhiqefd"), st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans(),
+       st.booleans(), st.integers(0, 2**32))  # fmt: skip
 def test_any_array_is_a_mask_or_one_sentence(dtype, channels, h, w, first, tensor, invert, seed):
     rng = np.random.default_rng(seed)
     shape = (h, w) if channels == 0 else (channels, h, w) if first else (h, w, channels)

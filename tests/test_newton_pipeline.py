@@ -213,6 +213,34 @@ def test_sizes(pipe, picture, mask):
     assert pipe("a cat", picture, mask, height=24, width=32, **FAST).images[0].size == (32, 24)
 
 
+def test_images_and_masks_are_read_as_everywhere(pipe, picture, mask, tmp_path):
+    """Files and PIL images upright and on white; arrays and tensors of a mask of any dtype and number of channels."""
+    turned, exif = picture.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    read = lambda image, mask_image: pipe.read_inputs(image, mask_image, None, None, 4)  # noqa: E731
+    image, known = read(picture, mask)
+    assert torch.equal(known, make_mask("right", (16, 16)))
+    for source in (
+        tmp_path / "turned.png",
+        Image.open(tmp_path / "turned.png"),
+        np.asarray(picture),
+        np.asarray(picture) / np.float32(255),
+    ):
+        assert (read(source, mask)[0] - image).abs().max() < 1e-6
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.fromarray(255 - np.asarray(mask)))
+    on_white, hole = read(clear, clear)
+    assert torch.equal(on_white[..., :8], image[..., :8]) and (on_white[..., 8:] == 1).all() and torch.equal(hole, known)
+    array = np.asarray(mask)
+    for same in (array, array > 0, array // 255, array / 255, np.stack([array] * 3, 2), array[None, ..., None], array[None],
+                 torch.tensor(array > 0), torch.tensor(array), torch.tensor(array / 255)[None, None],
+                 torch.tensor(array > 0)[None].expand(3, -1, -1), mask.resize((8, 8), 0), mask.convert("P")):  # fmt: skip
+        assert torch.equal(read(picture, same)[1], known)
+    assert torch.equal(read([picture] * 2, torch.tensor(array > 0)[None].expand(2, -1, -1))[1], known.expand(2, -1, -1, -1))
+    assert torch.equal(read(picture, [mask, array > 0])[1], known.expand(2, -1, -1, -1))
+
+
 def test_half_precision_and_the_safety_checker(picture, mask):
     class Features:
         pixel_values = torch.zeros(2, 3, 8, 8)
@@ -235,7 +263,9 @@ def test_half_precision_and_the_safety_checker(picture, mask):
 def test_wrong_arguments_are_one_sentence(pipe, picture, mask):
     for arguments, message in [
         (dict(image=picture), "mask_image is missing"), (dict(mask_image=mask), "image is missing"),
-        (dict(image=picture, mask_image=mask.resize((8, 8))), "mask_image has 8 x 8 pixels, but image has 16 x 16"),
+        (dict(image=picture, mask_image=mask.resize((8, 16))), "mask_image has 16 x 8 pixels, but the image has 16 x 16"),
+        (dict(image="nowhere.png", mask_image=mask), "image = 'nowhere.png': no such file"),
+        (dict(image=picture, mask_image="nowhere.png"), "mask_image = 'nowhere.png': no such file"),
         (dict(image=picture, mask_image=Image.new("L", (16, 16))), "mask has no hole"),
         (dict(image=picture, mask_image=mask, constraint=print), "constraint was given beside"),
         (dict(image=[picture] * 3, mask_image=mask, prompt=PROMPTS), "prompt has 2 entries where another argument has 3"),
