@@ -1,10 +1,12 @@
-"""CLIP's picture tower, as the feature extractor of style guidance. The tower itself is open_clip's."""
+"""CLIP's image encoder, which gives style guidance its features. The network itself is open_clip's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.checkpoints import load_model
@@ -15,22 +17,29 @@ OPENAI_HUB = "timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetenso
 
 
 class ClipVision:
-    """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, N, C] after residual block number `block`, without the class token;
+    """Images [B, 3, H, W] in [-1, 1] -> tokens [B, N, C] after residual block number `block`, without the class token;
     differentiable.
 
-    visual     the picture tower of an open_clip model
-    size       of the pictures that it takes, in pixels: others are resized (bicubic, anti-aliased)
-    mean, std  of the pixel values in [0, 1] that it takes, three each
+    visual     the image encoder of an open_clip model
+    size       side of the images that it takes, in pixels; others are resized (bicubic, anti-aliased)
+    mean, std  of the pixel values in [0, 1] that it was trained on, three each
     """
 
-    def __init__(self, visual, block=2, size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    def __init__(
+        self,
+        visual: open_clip.transformer.VisionTransformer,
+        block: int = 2,
+        size: int = 224,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ):
         if not 0 <= block < visual.transformer.layers:
             raise ValueError(f"block = {block}: this CLIP has the blocks 0 to {visual.transformer.layers - 1}")
         self.visual, self.block, self.size = visual, block, size
         self.mean, self.std = (torch.tensor(v, device=visual.conv1.weight.device).view(3, 1, 1) for v in (mean, std))
 
-    def __call__(self, pictures):
-        x = pictures
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         x = ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
@@ -38,12 +47,12 @@ class ClipVision:
         return out["image_intermediates"][0]
 
 
-def load_clip_vision(source="tiny-clip", block=2, device="auto"):
+def load_clip_vision(source: str | Path = "tiny-clip", block: int = 2, device: str | torch.device = "auto") -> ClipVision:
     """A `ClipVision` for style guidance.
 
     source  "tiny-clip", the CLIP that this repository ships; "openai", OpenAI's ViT-B/16 from open_clip's own download cache;
             or the path of its weights (open_clip_model.safetensors)
-    block   whose output is looked at, counted from 0. The paper takes 2 of ViT-B/16
+    block   index of the residual block whose output is used, from 0. The paper uses block 2 of ViT-B/16
     Nothing is downloaded: FileNotFoundError says how to get what is missing.
     """
     device = resolve_device(device)

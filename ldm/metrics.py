@@ -1,4 +1,4 @@
-"""Measures of picture and sample quality, thin over torchmetrics and lpips; features to measure them in; bootstrap intervals."""
+"""Image and sample quality by torchmetrics and lpips, the features that they are measured in, and bootstrap intervals."""
 
 import functools
 import warnings
@@ -8,24 +8,26 @@ from typing import NamedTuple
 import lpips
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from ldm.models.classifier import DigitClassifier
 from ldm.util import ROOT
 
 
-def psnr(x, reference):
-    """Peak signal-to-noise ratio in dB of pictures x [B, C, H, W] in [-1, 1] (clipped to it), against the reference. [B]"""
+def psnr(x: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images x [B, C, H, W] in [-1, 1] (clipped to it), against the reference. [B]"""
     return peak_signal_noise_ratio(*_unit_range(x, reference), data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
-def ssim(x, reference):
-    """Structural similarity (Wang et al. 2004: Gaussian window, std 1.5) of pictures in [-1, 1], 1 if equal. [B]"""
+def ssim(x: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004: Gaussian window, std 1.5) of images in [-1, 1], 1 if equal. [B]"""
     return structural_similarity_index_measure(*_unit_range(x, reference), data_range=1.0, reduction="none")
 
 
-def lpips_distance(x, reference):
-    """LPIPS (Zhang et al. 2018, version 0.1, AlexNet) of pictures x [B, 3, H, W] in [-1, 1] against the reference, 0 if equal. [B]
+def lpips_distance(x: Tensor, reference: Tensor) -> Tensor:
+    """LPIPS (Zhang et al. 2018, version 0.1, AlexNet) of images x [B, 3, H, W] in [-1, 1] against the reference, 0 if equal. [B]
 
     FileNotFoundError, with the command that fetches them, where AlexNet's weights are missing.
     """
@@ -39,13 +41,15 @@ def lpips_loss(x, reference):
     return _lpips(x.device)(x, reference).flatten()
 
 
-def lpips_weights():
+def lpips_weights() -> Path | None:
     """The path of AlexNet's weights, data/lpips/alexnet.safetensors here or in the repository; None where they are missing."""
     candidates = [folder / "data/lpips/alexnet.safetensors" for folder in (Path(), ROOT)]
     return next((path for path in candidates if path.is_file()), None)
 
 
-def kernel_distance(features, reference, subsets=100, subset_size=1000, seed=0):
+def kernel_distance(
+    features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Kernel distance (KID, Binkowski et al. 2018: unbiased MMD^2, kernel (x.y/d + 1)^3) between two sets of features.
 
     features [N, d], reference [M, d] of any network. Means over `subsets` random subsets of `subset_size` (at most N, M) of each.
@@ -62,40 +66,43 @@ def kernel_distance(features, reference, subsets=100, subset_size=1000, seed=0):
 
 
 class KernelParts(NamedTuple):
-    """What the kernel distance is made of, kept apart so that a bootstrap need not compute it anew."""
+    """The terms of the kernel distance, so that a bootstrap need not compute the kernels again."""
 
-    within: torch.Tensor  # [N, N] kernels between the features
-    across: torch.Tensor  # [N] mean kernel to the reference
-    reference: float  # mean kernel between different pictures of the reference
+    within: Tensor  # [N, N] kernels between the features
+    across: Tensor  # [N] mean kernel to the reference
+    reference: float  # mean kernel between different images of the reference
 
 
-def kernel_parts(features, reference):
-    """KernelParts of features [N, d] and reference [M, d], float64: the kernel of `kernel_distance`, of all pictures at once."""
+def kernel_parts(features: Tensor, reference: Tensor) -> KernelParts:
+    """KernelParts of features [N, d] and reference [M, d], float64: the kernel of `kernel_distance`, of all images at once."""
     return KernelParts(_kernel(features, features), _kernel(features, reference).mean(1), _kernel_within(reference))
 
 
-def kid(parts, index=None):
-    """Kernel distance (unbiased MMD^2) of the pictures `index` [n], all if None. A picture drawn more than once is paired with
-    others only."""
+def kid(parts: KernelParts, index: Tensor | None = None) -> float:
+    """Kernel distance (unbiased MMD^2) of the images `index` [n], all if None. An image that was drawn more than once is
+    not paired with itself."""
     index = torch.arange(len(parts.across)) if index is None else index
     other = index[:, None] != index
     within = (parts.within[index][:, index] * other).sum() / other.sum()
     return (within - 2 * parts.across[index].mean()).item() + parts.reference
 
 
-def bootstrap(n, draws=1000, seed=0):
-    """Indices [draws, n] of n pictures drawn with replacement; the same for all methods, so that differences are paired."""
+def bootstrap(n: int, draws: int = 1000, seed: int = 0) -> Tensor:
+    """Indices [draws, n] of n images drawn with replacement; the same for all methods, so that differences are paired."""
     return torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
 
 
-def interval(samples):
-    """The 95 % percentile interval (low, high) of bootstrap samples [draws]; a sample that is NaN (KID of one picture, drawn again
-    and again) is left out."""
-    return tuple(torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+def interval(samples: Tensor) -> tuple[float, float]:
+    """The 95 % percentile interval (low, high) of bootstrap samples [draws]; samples that are NaN (the KID of one image,
+    drawn again and again) are left out."""
+    low, high = torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 @torch.inference_mode()
-def judge_digits(classifier, images, device="cpu", batch=500):
+def judge_digits(
+    classifier: DigitClassifier, images: Tensor, device: str | torch.device = "cpu", batch: int = 500
+) -> tuple[Tensor, Tensor]:
     """Features [N, 128] and class probabilities [N, 10] of digits [N, 1, 32, 32] in [-1, 1] by the shipped classifier, which is on
     `device`; the results are on the CPU."""
     features = torch.cat([classifier.features(x.to(device)).cpu() for x in images.split(batch)])
@@ -104,9 +111,9 @@ def judge_digits(classifier, images, device="cpu", batch=500):
 
 
 @torch.inference_mode()
-def alexnet_features(images, batch=64):
-    """Features [N, 256] of pictures [N, 3, H, W] in [-1, 1], at least 64 x 64, on the CPU: AlexNet's last convolution, averaged
-    over the places. FileNotFoundError as in `lpips_distance`."""
+def alexnet_features(images: Tensor, batch: int = 64) -> Tensor:
+    """Features [N, 256] of images [N, 3, H, W] in [-1, 1], at least 64 x 64, on the CPU: AlexNet's last convolution, averaged
+    over positions. FileNotFoundError as in `lpips_distance`."""
     network = _lpips(images.device)
     means = [network.net(network.scaling_layer(x.clamp(-1, 1)))[-1].mean((2, 3)).cpu() for x in images.float().split(batch)]
     return torch.cat(means)

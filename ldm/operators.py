@@ -1,27 +1,39 @@
 """Linear measurement operators A with their exact adjoints, and measurement noise: y = A x + sigma_y n.
 
 An operator is called as A(x), x [B, C, H, W] -> y, and has `A.adjoint(y)` = A^T y with <A x, y> = <x, A^T y> to rounding, and
-(compositions excepted) `A.pseudo_inverse(y)` = A^+ y, the smallest picture that fits y best.
+(compositions excepted) `A.pseudo_inverse(y)` = A^+ y, the smallest image that fits y best.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ldm.newton_sampler import seeded_noise
 
 
-class Operator:
-    """What all operators share. They follow the dtype and device of the tensors they are given."""
+class Operator(ABC):
+    """The base of all operators. They follow the dtype and device of the tensors they are given."""
 
-    def measured(self, y):
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """A x, for x [B, C, H, W]."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y, for y of A's output space."""
+
+    def measured(self, y: Tensor) -> Tensor:
         """y with zeros where nothing is measured: y itself but for masks."""
         return y
 
-    def pseudo_inverse(self, y):
-        raise ValueError(f"{type(self).__name__} has no pseudo-inverse here: give a function that makes a picture of y")
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """A^+ y. Raises ValueError where it is not known."""
+        raise ValueError(f"{type(self).__name__} has no pseudo-inverse here: give a function that makes an image from y")
 
-    def __matmul__(self, first):
+    def __matmul__(self, first: "Operator") -> "Compose":
         """A @ B is the operator x -> A(B(x))."""
         return Compose(self, first)
 
@@ -29,10 +41,10 @@ class Operator:
 class Identity(Operator):
     """A x = x."""
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return x
 
-    def adjoint(self, y):
+    def adjoint(self, y: Tensor) -> Tensor:
         return y
 
     pseudo_inverse = adjoint
@@ -44,14 +56,14 @@ class Mask(Operator):
     mask: [B or 1, 1 or C, H, W] of zeros (unknown) and ones (known), any dtype. Other values are a ValueError.
     """
 
-    def __init__(self, mask):
+    def __init__(self, mask: Tensor):
         if mask.ndim != 4:
             raise ValueError(f"mask has shape {list(mask.shape)}: give [B, 1, H, W] or [1, 1, H, W]")
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("mask has values other than 0 (unknown) and 1 (known): threshold it first, for example mask > 0.5")
         self.mask = mask
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         with torch.inference_mode(False):  # an ordinary tensor even where the first call is the sampler's
             self.mask = mask = self.mask.to(x)
         try:
@@ -65,59 +77,62 @@ class Mask(Operator):
             )
         return mask * x
 
-    adjoint = measured = pseudo_inverse = __call__
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self(y)
+
+    measured = pseudo_inverse = adjoint
 
 
 class Separable(Operator):
-    """A x = R x C^T on each channel, for a matrix R [h, H] along the columns and C [w, W] along the rows of a picture."""
+    """A x = R x C^T on each channel, for a matrix R [h, H] along the columns and C [w, W] along the rows of an image."""
 
-    def __init__(self, rows, columns):
+    def __init__(self, rows: Tensor, columns: Tensor):
         self.rows, self.columns = rows, columns
-        self._cached = ()
+        self._cached: tuple[Tensor, ...] = ()
 
-    def _matrices(self, x):
-        """R, C, R^+ and C^+ as x's dtype on x's device, converted once and not at every call."""
+    def _matrices(self, x: Tensor) -> tuple[Tensor, ...]:
+        """R, C, R^+ and C^+ in x's dtype on x's device, converted once and not at every call."""
         if not self._cached or self._cached[0].dtype != x.dtype or self._cached[0].device != x.device:
             with torch.inference_mode(False):  # ordinary tensors even where the first call is the sampler's
                 inverses = (torch.linalg.pinv(m.double(), rtol=1e-2) for m in (self.rows, self.columns))
                 self._cached = tuple(m.to(x) for m in (self.rows, self.columns, *inverses))
         return self._cached
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.rows.shape[1], self.columns.shape[1]):
             raise ValueError(
-                f"the picture has size {list(x.shape[2:])}, but this operator was made for "
+                f"the image has size {list(x.shape[2:])}, but this operator was made for "
                 f"{[self.rows.shape[1], self.columns.shape[1]]}"
             )
         rows, columns, *_ = self._matrices(x)
         return rows @ x @ columns.T
 
-    def adjoint(self, y):
+    def adjoint(self, y: Tensor) -> Tensor:
         rows, columns, *_ = self._matrices(y)
         return rows.T @ y @ columns
 
-    def pseudo_inverse(self, y):
-        """A^+ y, without the directions that A weakens to less than a hundredth of the strongest."""
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """A^+ y, without the directions whose singular values are below a hundredth of the largest."""
         *_, rows, columns = self._matrices(y)
         return rows @ y @ columns.T
 
 
-def downsample(size, factor):
+def downsample(size: Sequence[int], factor: float) -> Separable:
     """Bicubic down-sampling with anti-aliasing: Keys' kernel (a = -0.5) stretched by `factor`, as PIL and torchvision do it.
 
-    size: (H, W) of the pictures; factor: any number >= 1 for which H / factor and W / factor are whole.
+    size: (H, W) of the images; factor: any number >= 1 for which H / factor and W / factor are whole.
     """
     return Separable(*(_resampling_matrix(n, _divide(n, factor, "factor"), _keys, 2.0) for n in size))
 
 
-def box_average(size, factor):
+def box_average(size: Sequence[int], factor: int) -> Separable:
     """Means over factor x factor blocks. size: (H, W); factor: an integer that divides both."""
     if int(factor) != factor:
         raise ValueError(f"factor = {factor}: a box average needs an integer")
     return Separable(*(torch.eye(_divide(n, factor, "factor")).repeat_interleave(int(factor), 1) / factor for n in size))
 
 
-def gaussian_blur(size, std, truncate=4.0):
+def gaussian_blur(size: Sequence[int], std: float, truncate: float = 4.0) -> Separable:
     """Convolution with a Gaussian of standard deviation `std` pixels, cut at `truncate` std; edges are mirrored."""
     if not std > 0:
         raise ValueError(f"std = {std}: give a positive number of pixels")
@@ -127,41 +142,41 @@ def gaussian_blur(size, std, truncate=4.0):
 class Compose(Operator):
     """x -> A(B(x)), adjoint y -> B^T(A^T(y))."""
 
-    def __init__(self, last, first):
+    def __init__(self, last: Operator, first: Operator):
         self.last, self.first = last, first
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return self.last(self.first(x))
 
-    def adjoint(self, y):
+    def adjoint(self, y: Tensor) -> Tensor:
         return self.first.adjoint(self.last.adjoint(y))
 
-    def measured(self, y):
+    def measured(self, y: Tensor) -> Tensor:
         return self.last.measured(y)
 
 
-def measure(A, x, sigma_y=0.0, seeds=None):
-    """y = A x + sigma_y n with standard normal n; seeds: one integer per picture, needed where sigma_y > 0."""
+def measure(A: Operator, x: Tensor, sigma_y: float = 0.0, seeds: Sequence[int] | None = None) -> Tensor:
+    """y = A x + sigma_y n with standard normal n; seeds: one integer per image, needed where sigma_y > 0."""
     y = A(x)
     if not sigma_y >= 0:
         raise ValueError(f"sigma_y = {sigma_y}: give a standard deviation >= 0")
     if sigma_y == 0:
         return y
     if seeds is None:
-        raise ValueError("seeds is missing: noisy measurements need one seed per picture")
+        raise ValueError("seeds is missing: noisy measurements need one seed per image")
     return y + sigma_y * A.measured(seeded_noise(y.shape, seeds, y.device, y.dtype)())
 
 
-def _divide(n, factor, name):
+def _divide(n: int, factor: float, name: str) -> int:
     if not factor >= 1 or abs(n / factor - round(n / factor)) > 1e-9 or round(n / factor) < 1:
         raise ValueError(
-            f"{name} = {factor} does not divide the picture's side of {n} pixels into a whole number: "
-            f"give a number >= 1 that does, or crop the picture"
+            f"{name} = {factor} does not divide the image's side of {n} pixels into a whole number: "
+            f"give a number >= 1 that does, or crop the image"
         )
     return round(n / factor)
 
 
-def _keys(x):
+def _keys(x: Tensor) -> Tensor:
     """Keys' cubic convolution kernel, a = -0.5."""
     x = x.abs()
     near = (1.5 * x - 2.5) * x**2 + 1
@@ -169,7 +184,7 @@ def _keys(x):
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
-def _resampling_matrix(n, m, kernel, support):
+def _resampling_matrix(n: int, m: int, kernel: Callable[[Tensor], Tensor], support: float) -> Tensor:
     """[m, n]: output pixel i is centred at (i + 1/2) n/m and weighs input pixels by the kernel stretched by n/m, sums 1."""
     scale = n / m
     centres = (torch.arange(m, dtype=torch.float64) + 0.5) * scale
@@ -178,7 +193,7 @@ def _resampling_matrix(n, m, kernel, support):
     return weights / weights.sum(1, keepdim=True)
 
 
-def _blur_matrix(n, std, truncate):
+def _blur_matrix(n: int, std: float, truncate: float) -> Tensor:
     """[n, n]: a Gaussian around each pixel, what falls outside folded back at the edges (... b a | a b c ...)."""
     radius = math.floor(truncate * std + 0.5)
     offsets = torch.arange(-radius, radius + 1)

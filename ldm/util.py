@@ -4,19 +4,21 @@ import re
 import resource
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 PACKAGE = Path(__file__).resolve().parent
 # Where configs/ and checkpoints/ are: in a checkout the repository's root, in an installed wheel a folder of the package.
 ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 
-def resolve_path(path):
+def resolve_path(path: str | Path) -> Path:
     """A path in a config: as it is where it exists, otherwise below the repository's root. FileNotFoundError if in neither."""
     for candidate in (Path(path), ROOT / path):
         if candidate.exists():
@@ -25,7 +27,7 @@ def resolve_path(path):
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """`with atomic_write(path) as temporary: save(temporary)`: what is written to `temporary`, a path in the same folder with the
     same suffix, takes the place of `path` at the end. An interrupted or failed write leaves the old file and nothing else.
     The folder is made where it is missing; the permissions are those of any new file, whatever `save` sets."""
@@ -42,7 +44,7 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
-def load_config(path):
+def load_config(path: str | Path) -> DictConfig:
     """A yaml file as an OmegaConf. With `base: other.yaml` in it (relative to the file) it is that config, with its own values
     in their places. FileNotFoundError where there is none."""
     path = Path(path)
@@ -52,7 +54,7 @@ def load_config(path):
     return OmegaConf.merge(load_config(path.parent / config.pop("base")), config) if "base" in config else config
 
 
-def get_obj_from_str(string):
+def get_obj_from_str(string: str) -> Any:
     """The class or function at a dotted path such as "ldm.models.autoencoder.AutoencoderKL"."""
     module, _, name = string.rpartition(".")
     try:
@@ -73,7 +75,7 @@ def moved(old, new, names):
     return find
 
 
-def instantiate_from_config(config, **overrides):
+def instantiate_from_config(config: Mapping[str, Any] | DictConfig, **overrides: Any) -> Any:
     """The object `target(**params)` of a config node {target, params}; overrides win over params."""
     if "target" not in config:
         raise ValueError(f"this part of the config has no 'target', only {sorted(config)}")
@@ -82,7 +84,7 @@ def instantiate_from_config(config, **overrides):
     return get_obj_from_str(config["target"])(**{**params, **overrides})
 
 
-def resolve_device(device="auto"):
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """A torch.device by name; "auto" takes CUDA, then Apple's MPS, then the CPU. An absent device is one clear ValueError."""
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -97,7 +99,7 @@ def resolve_device(device="auto"):
     return resolved
 
 
-def peak_memory(device):
+def peak_memory(device: str | torch.device) -> float:
     """Peak memory of this process in GiB: allocated on a CUDA device, resident on the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -105,7 +107,7 @@ def peak_memory(device):
 
 
 @contextmanager
-def memory_advice(advice):
+def memory_advice(advice: str) -> Iterator[None]:
     """Where the memory of any device does not suffice inside: a MemoryError that says what to change, `advice`."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""AlexNet's convolutions, trained on ImageNet, which LPIPS compares pictures by (ldm/metrics.py: lpips_distance):
+"""AlexNet's convolutions, trained on ImageNet, which LPIPS compares images by (ldm/metrics.py: lpips_distance):
 
     python -m ldm.data.alexnet          (make data-lpips)
 

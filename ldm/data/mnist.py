@@ -41,7 +41,7 @@ def sample_digits(digits=range(10), each=10):
 
     Returns images [N, 1, 32, 32] in [-1, 1] and labels [N], in the order of `digits`.
     """
-    sheet = load_image(SAMPLE, channels=1)[0, 0]  # row d holds ten pictures of digit d
+    sheet = load_image(SAMPLE, channels=1)[0, 0]  # row d holds ten images of digit d
     images = sheet.unflatten(0, (10, 28)).unflatten(2, (10, 28)).transpose(1, 2)  # [10, 10, 28, 28]
     images = pad(images[list(digits), :each], (2, 2, 2, 2), value=-1.0)
     return images.reshape(-1, 1, 32, 32), torch.tensor(list(digits)).repeat_interleave(each)

@@ -1,4 +1,4 @@
-"""A network on a picture too large for it: overlapping tiles, blended linearly."""
+"""A network on an image too large for it: overlapping tiles, blended linearly."""
 
 import math
 from functools import lru_cache
@@ -28,7 +28,7 @@ def windows(length, size, overlap, cell=1):
 
 @lru_cache(maxsize=8)
 def grid(height, width, size, overlap, cell, device):
-    """The tiles of a picture: a list of (top, left, weights [1, 1, cell * size, cell * size]). Kept, so that the weights are sent
+    """The tiles of an image: a list of (top, left, weights [1, 1, cell * size, cell * size]). Kept, so that the weights are sent
     to the device once and not at every evaluation of a sampler."""
     rows, columns = (windows(n, size, overlap, cell) for n in (height, width))
     with torch.inference_mode(False):  # ordinary tensors, for whoever differentiates later

@@ -99,7 +99,7 @@ def attention_by_type(ch, attn_type, use_linear_attn):
 
 
 class Encoder(nn.Module):
-    """Picture -> moments of the latent: [B, in_channels, H, W] -> [B, (2 if double_z else 1) * z_channels, H/f, W/f].
+    """Image -> moments of the latent: [B, in_channels, H, W] -> [B, (2 if double_z else 1) * z_channels, H/f, W/f].
 
     f = 2 ** (len(ch_mult) - 1). Input and weights have one dtype; H and W divisible by f.
     """
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent -> picture: [B, z_channels, h, w] -> [B, out_ch, f*h, f*w] with the encoder's f.
+    """Latent -> image: [B, z_channels, h, w] -> [B, out_ch, f*h, f*w] with the encoder's f.
 
     Input and weights have one dtype. Arguments without a comment are the Encoder's.
     """
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         self,
         *,
         ch,
-        out_ch,  # channels of the picture
+        out_ch,  # channels of the image
         ch_mult=(1, 2, 4, 8),
         num_res_blocks,  # per level; the decoder has one more
         attn_resolutions,
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         resolution,
         z_channels,
         give_pre_end=False,  # return the features before the last normalisation and convolution
-        tanh_out=False,  # bound the picture to -1 .. 1
+        tanh_out=False,  # bound the image to -1 .. 1
         use_linear_attn=False,
         attn_type="vanilla",
         **ignored,  # the encoder's: one ddconfig describes both

@@ -250,7 +250,7 @@ class UNetModel(nn.Module):
 
 
 class PatchUNetModel(nn.Module):
-    """A U-Net on patch_size x patch_size pixel blocks (pixel unshuffle): the same function of the same picture, with the full
+    """A U-Net on patch_size x patch_size pixel blocks (pixel unshuffle): the same function of the same image, with the full
     resolution's convolutions left out. Makes pixel models affordable on a CPU. unet_params: UNetModel's, of the blocks.
     """
 
