@@ -26,6 +26,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
     "train": "train",
     "training": "train",
+    "iconify": "train",
+    "show": "notebooks",
     "evaluate": "compare",
     "comparison": "compare",
     "diffusers_models": "diffusers",
@@ -36,9 +38,9 @@ EXTRAS = {
 # Where an import has another name than its distribution, or comes with another one.
 DISTRIBUTIONS = {
     "PIL": "pillow",
-    "open_clip": "open_clip_torch",
-    "pytorch_lightning": "pytorch-lightning",
+    "open_clip": "open-clip-torch",
     "huggingface_hub": "transformers",
+    "typing_extensions": "torch",
 }
 
 
@@ -89,10 +91,15 @@ def test_a_missing_extra_says_what_to_install(monkeypatch):
         ldm.from_diffusers  # noqa: B018
 
 
+def canonical(name):
+    """A distribution's name as all its spellings are compared."""
+    return name.lower().replace("_", "-")
+
+
 def requirements(extra=None):
     """Names of the distributions that the package, or one of its extras, requires."""
     stated = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
-    names = {re.match(r"[\w.-]+", line)[0] for line in stated}
+    names = {canonical(re.match(r"[\w.-]+", line)[0]) for line in stated}
     others = [name for line in stated if line.startswith("ldm[") for name in line[4:-1].split(",")]
     return (names - {"ldm"}).union(*map(requirements, others))
 
@@ -106,14 +113,14 @@ def test_every_import_is_required(path):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
-    foreign = {DISTRIBUTIONS.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"ldm"}}
+    foreign = {DISTRIBUTIONS.get(name, canonical(name)) for name in imported - set(sys.stdlib_module_names) - {"ldm"}}
     extra = EXTRAS.get(path.stem)
     assert foreign <= requirements() | (requirements(extra) if extra else set())
 
 
 def test_every_requirement_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    pinned = {canonical(line.partition("==")[0]) for line in lines if "==" in line}
     assert requirements() | requirements("all") == pinned
 
 

@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
         size: of the tiles, in pixels, a multiple of `downsampling`
         overlap: of neighbouring tiles, as a fraction of size, 0 .. 0.5; tiles that do not fit evenly overlap more
         Activations then take the memory of one tile. Tiles do not see each other, so that the result approximates the
-        untiled one; it is equal where the picture fits into one tile. Returns self. Raises ValueError on other values.
+        untiled one; it is equal where the image fits into one tile. Returns self. Raises ValueError on other values.
         """
         if size is not None and (size < self.downsampling or size % self.downsampling):
             raise ValueError(f"size = {size}: give a positive multiple of {self.downsampling}, or None for no tiling")
