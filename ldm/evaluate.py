@@ -1,203 +1,277 @@
-"""Measure a method of constrained sampling on a folder of pictures, on one or more devices (Lightning):
+"""Measure a method of constrained sampling on a folder of images, on one or more devices (Lightning):
 
     python -m ldm.evaluate data=/folder [model=sd-v1-4.ckpt] [task=half] [method=newton] [key=value ...]
 
-    data         folder of pictures of any size; their middle square, reduced or enlarged to what the model takes, is the truth
-    model        tiny          a shipped model or the path of a .ckpt or .safetensors file; config, prediction: as of `load_model`
-    task         half          half, hole, strokes, sparse, sr4, sr8 ..., blur: see ldm/comparison.py
-    method       newton        newton, fast, DPS ...: METHODS in ldm/comparison.py
-    budget       220           network evaluations, a backward pass counted as one more; 220 with newton are the paper's settings
-    prompt       ""            of all pictures, with guidance=1
-    limit                      the first so many pictures by name
-    batch        4             pictures at a time; blocks of so many go to the devices in turn, so that no result depends on these
-    devices      1             how many, or "auto": all; accelerator=auto, nodes=1, precision=32 (16, bf16: the weights')
-    out          outputs/evaluate
+Every image is read before the first is sampled. Image i, by name, has the seed i. Each block's measures and images are written to
+OUT/MODEL-TASK-METHOD-BUDGET/ as soon as they are there, and the same command goes on after an interruption: a block stays valid as
+long as the content of its images, the weights and the settings that count are the same. At last the row of OUT/evaluate.csv is
+written, with the columns of benchmarks/compare.py, and OUT/evaluate.md shows all rows. To measure a row anew, delete its folder.
 
-Picture i, by name, has the seed i. Every block's measures and pictures are written to OUT/MODEL-TASK-METHOD-BUDGET/ as soon as they
-are there; the same command after an interruption goes on. At last one row is added to OUT/evaluate.csv, with the columns of
-benchmarks/compare.py, and OUT/evaluate.md shows all rows. To measure a row anew, delete its line and its folder. KID is measured in
-AlexNet's last convolution, to the folder's own pictures; LPIPS and KID need AlexNet's weights (make data-lpips) and are left out
-without them. With several nodes OUT has to be on all of them.
+KID is measured in AlexNet's last convolution, to the folder's own images. LPIPS and KID need AlexNet's weights (make data-lpips),
+and are left out without them. With several nodes OUT has to be on all of them.
 """
 
 import argparse
+import hashlib
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.checkpoints import load_model
+from ldm.checkpoints import load_model, locate, read_config
+from ldm.commands import option, options_help, read_options
 from ldm.comparison import LABELS, METHODS, Task, intervals, large, operator, run, step_memory, unconstrained
-from ldm.data.captioned import PICTURES
 from ldm.denoisers import Denoiser, LatentDenoiser
-from ldm.images import load_image, save_image
+from ldm.images import EXTENSIONS, load_image, save_image
 from ldm.metrics import alexnet_features, lpips_weights
 from ldm.newton_sampler import H, newton_sampler
 from ldm.solver import fast_sampler
-from ldm.table import KEY, append_row, in_table, markdown, read_rows
-from ldm.util import atomic_write
+from ldm.table import KEY, markdown, put_row, read_rows
+from ldm.util import atomic_write, resolve_path
 
-DEFAULTS = {"data": None, "model": "tiny", "config": None, "prediction": None, "task": "half", "method": "newton", "budget": 220,
-            "prompt": "", "guidance": 1.0, "limit": None, "batch": 4, "devices": 1, "accelerator": "auto", "nodes": 1,
-            "precision": 32, "out": "outputs/evaluate"}  # fmt: skip
 PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
-FEATURES = "the means of AlexNet's last convolution, to the pictures themselves"
+FEATURES = "the means of AlexNet's last convolution, to the images themselves"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a row depends on, and how it is computed."""
+
+    data: Path | None = option(None, "folder of images of any size; their middle square, resized to the model's size, is the truth")
+    model: str = option("tiny", "a shipped model, or the path of a .ckpt or .safetensors file")
+    config: Path | None = option(None, "as of load_model: a yaml file")
+    prediction: str | None = option(None, "as of load_model: eps or v")
+    task: str = option("half", "half, hole, strokes, sparse, sr4, sr8 ..., blur: see ldm/comparison.py")
+    method: str = option("newton", ", ".join(METHODS), choices=METHODS)
+    budget: int = option(220, "network evaluations, a backward pass is one more; the paper's: 220 with newton", least=20)
+    prompt: str = option("", "of all images")
+    guidance: float = option(1.0, "classifier-free guidance scale of the prompt; 1: none")
+    precision: str = option("32", "of the weights: 32, 16 or bf16", choices=PRECISIONS)
+    limit: int | None = option(None, "only the first so many images by name", least=2)
+    on_error: str = option("stop", "of an image that cannot be read: stop before the first sample, or skip it", ("stop", "skip"))
+    batch: int = option(4, "images at a time; blocks of so many go to the devices in turn", least=1)
+    devices: str = option("1", "how many, or auto: all")
+    accelerator: str = option("auto", "Lightning's: auto, gpu, cpu ...")
+    nodes: int = option(1, "number of machines", least=1)
+    out: Path = option(Path("outputs/evaluate"), "folder of the results")
+
+    def that_count(self):
+        """Those that change a sample, besides the images and the weights."""
+        names = ("task", "method", "budget", "prompt", "guidance", "precision", "prediction")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image of the folder: its place among all of them by name, path, sha256 of the file, and the name of its result."""
+
+    number: int
+    path: Path
+    sha256: str
+    result: str
 
 
 class Blocks(Dataset):
-    """(numbers [n], pictures [n, C, size, size] in [-1, 1]) of `batch` files at a time; `numbers`: the blocks that are to do."""
+    """(i, images [n, C, size, size] in [-1, 1]) of each block, a list of `Input`s."""
 
-    def __init__(self, files, batch, size, channels, numbers):
-        self.files, self.batch, self.size, self.channels, self.numbers = files, batch, size, channels, numbers
+    def __init__(self, blocks, size, channels):
+        self.blocks, self.size, self.channels = blocks, size, channels
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.blocks)
 
     def __getitem__(self, i):
-        first = self.numbers[i] * self.batch
-        numbers = range(first, min(first + self.batch, len(self.files)))
-        read = lambda path: load_image(path, (self.size, self.size), self.channels, crop=True)  # noqa: E731
-        return list(numbers), torch.cat([read(self.files[j]) for j in numbers])
+        size = (self.size, self.size)
+        return i, torch.cat([load_image(one.path, size, self.channels, crop=True) for one in self.blocks[i]])
 
 
 class Evaluation(pl.LightningModule):
-    """Samples blocks, and leaves each with its measures in `folder`."""
+    """Samples `blocks`, and leaves each with its measures in `folder`. Memory is measured on the block with the image `first`."""
 
-    def __init__(self, model, settings, files, folder):
+    def __init__(self, model, settings):
         super().__init__()
-        self.model, self.settings, self.files, self.folder = model, settings, files, folder
+        self.model, self.settings, self.folder, self.first, self.blocks = model, settings, None, 0, []
         self.latent = hasattr(model, "first_stage_model")
         self.shape = (model.channels, model.image_size, model.image_size)
         self.size = model.image_size * (model.first_stage_model.downsampling if self.latent else 1)
-        self.picture_channels = 3 if self.latent else model.channels
+        self.image_channels = 3 if self.latent else model.channels
 
     def task(self, images, numbers, D):
-        return Task(self.settings["task"], images, D, self.shape, self.model if self.latent else None, numbers)
+        return Task(self.settings.task, images, D, self.shape, self.model if self.latent else None, numbers)
 
     def chosen(self, task):
         """(sampler, settings), or a ValueError where the method does not apply to the task."""
-        method = METHODS[self.settings["method"]]
-        chosen = method(self.settings["budget"], task)
+        method = METHODS[self.settings.method]
+        chosen = method(self.settings.budget, task)
         if chosen is None:
             raise ValueError(
                 f"method = {method.name} does not apply to task = {task.name} with this model: it takes {method.takes[0]}"
             )
         sampler, settings = chosen
         if sampler in (newton_sampler, fast_sampler):
-            settings["h"] = H[PRECISIONS[str(self.settings["precision"])] or torch.float32]
+            settings["h"] = H[PRECISIONS[self.settings.precision] or torch.float32]
         return sampler, settings
 
     def check(self):
         """What predict_step would find out, before it: ValueError for a task or method that does not fit."""
-        _, settings = self.chosen(self.task(torch.zeros(1, self.picture_channels, self.size, self.size), [0], self.model))
+        _, settings = self.chosen(self.task(torch.zeros(1, self.image_channels, self.size, self.size), [0], self.model))
         self.model.schedule.levels(settings["steps"])
 
     def predict_step(self, block, _):
-        numbers, images = block
-        model, prompt = self.model, self.settings["prompt"]
-        D = LatentDenoiser(model, prompt, self.settings["guidance"]) if self.latent else Denoiser(
+        i, images = block
+        inputs, model, prompt = self.blocks[i], self.model, self.settings.prompt
+        D = LatentDenoiser(model, prompt, self.settings.guidance) if self.latent else Denoiser(
             model.network, model.schedule, model.parameterization)  # fmt: skip
-        task = self.task(images, numbers, D)
+        task = self.task(images, [one.number for one in inputs], D)
         chosen = self.chosen(task)
         x, costs = run(task, *chosen, len(images), self.device)
-        if numbers[0] == 0:
+        if inputs[0].number == self.first:
             costs |= dict(memory=step_memory(task, *chosen, self.device),
                           memory_plain=step_memory(task, unconstrained, dict(newton_steps=0), self.device))  # fmt: skip
-        pictures, nothing = task.pictures(x), torch.full((len(x),), float("nan"))
+        results, nothing = task.pictures(x), torch.full((len(x),), float("nan"))
         of = lambda v: alexnet_features(large(v)) if lpips_weights() else nothing[:, None]  # noqa: E731
-        values = task.measure(pictures) | dict(accuracy=nothing, features=of(pictures), reference=of(images))
-        for j, picture in zip(numbers, pictures, strict=True):
-            save_image(picture, self.folder / f"{self.files[j].stem}.png")
-        with atomic_write(self.folder / f"{numbers[0] // self.settings['batch']}.pt") as temporary:
-            torch.save(dict(costs=costs, values=values), temporary)
-        return numbers
+        values = task.measure(results) | dict(accuracy=nothing, features=of(results), reference=of(images))
+        for one, image in zip(inputs, results, strict=True):
+            save_image(image, self.folder / one.result)
+        with atomic_write(block_file(self.folder, inputs)) as temporary:
+            torch.save(dict(costs=costs, values=values, inputs=content(inputs)), temporary)
+        return i
 
     def on_predict_end(self):
         self.trainer.strategy.barrier()
 
 
+# ---- inputs
+
+
+def read_inputs(settings, size, channels):
+    """The `Input`s of a row, each file read and decoded once. What cannot be read is left out with a printed line (on_error=skip),
+    or a ValueError. Fewer than two images are a ValueError too."""
+    paths = sorted(path for path in settings.data.iterdir() if path.suffix.lower() in EXTENSIONS)[: settings.limit]
+    names, inputs, broken = result_names(paths), [], []
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        try:
+            load_image(path, (size, size), channels, crop=True)
+            inputs.append(Input(number, path, sha256(path), name))
+        except (ValueError, OSError) as error:
+            broken.append(str(error))
+    if broken and settings.on_error == "stop":
+        more = f" (and {len(broken) - 1} more)" if broken[1:] else ""
+        raise ValueError(f"{broken[0]}{more}; on_error=skip leaves such files out")
+    for reason in broken:
+        print(f"left out: {reason}")
+    if len(inputs) < 2:
+        found = f"{len(inputs)} usable images ({', '.join(EXTENSIONS)})"
+        raise ValueError(f"data = {settings.data} has {found}: at least two are needed")
+    return inputs
+
+
+def result_names(paths):
+    """A PNG file's name for the result of each path: the stem, with a number before it where two stems are the same."""
+    stems = [path.stem for path in paths]
+    distinct = len({stem.casefold() for stem in stems}) == len(stems)
+    return [f"{stem}.png" if distinct else f"{i}-{stem}.png" for i, stem in enumerate(stems)]
+
+
+def sha256(path):
+    """Of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content(inputs):
+    """What a block is valid for."""
+    return [[one.number, one.sha256, one.result] for one in inputs]
+
+
+def block_file(folder, inputs):
+    return folder / f"{inputs[0].number}.pt"
+
+
+def block_of(folder, inputs):
+    """The measured block of these inputs, or None where there is none, or one of files with another content."""
+    path = block_file(folder, inputs)
+    block = torch.load(path, weights_only=True) if path.is_file() else None
+    return block if block and block["inputs"] == content(inputs) else None
+
+
+# ---- the row
+
+
 def gather(folder, blocks):
-    """The costs and measures of a row from the blocks in a folder."""
-    parts = [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(blocks)]
+    """The costs and measures of a row from its blocks."""
+    parts = [block_of(folder, inputs) for inputs in blocks]
     values = {k: torch.cat([part["values"][k] for part in parts]) for k in parts[0]["values"]}
-    counts = torch.tensor([len(part["values"]["psnr"]) for part in parts]).double()
+    counts = torch.tensor([len(inputs) for inputs in blocks]).double()
     costs = {k: (torch.tensor([part["costs"][k] for part in parts]).double() @ counts / counts.sum()).item()
              for k in ("nfe_forward", "nfe_backward", "seconds")}  # fmt: skip
-    costs |= {k: parts[0]["costs"][k] for k in ("memory", "memory_plain")}
+    costs |= {k: parts[0]["costs"].get(k) for k in ("memory", "memory_plain")}
     return costs | intervals(values, values.pop("reference"))
 
 
-def read_settings(overrides):
-    """The settings of a command line's key=value words, checked. Returns (settings, files)."""
-    try:
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{' '.join(overrides)}: give key=value ({str(error).splitlines()[0]})") from None
-    if unknown := [key for key in given if key not in DEFAULTS]:
-        raise ValueError(f"{unknown[0]}: known are {', '.join(DEFAULTS)}")
-    s = DEFAULTS | given
-    if s["method"] not in METHODS:
-        raise ValueError(f"method = {s['method']}: known are {', '.join(METHODS)}")
-    operator(s["task"], 64)
-    for key, least in {"budget": 20, "batch": 1, "nodes": 1, **({"limit": 2} if s["limit"] is not None else {})}.items():
-        if not isinstance(s[key], int) or s[key] < least:
-            raise ValueError(f"{key} = {s[key]}: give an integer >= {least}")
-    if str(s["precision"]) not in PRECISIONS:
-        raise ValueError(f"precision = {s['precision']}: known are {', '.join(PRECISIONS)}")
-    if s["data"] is None:
-        raise ValueError("data is missing: give data=/folder of pictures")
-    if not Path(s["data"]).is_dir():
-        raise ValueError(f"data = {s['data']}: there is no such folder")
-    files = sorted(path for path in Path(s["data"]).iterdir() if path.suffix.lower() in PICTURES)[: s["limit"]]
-    if len(files) < 2:
-        raise ValueError(f"data = {s['data']} has {len(files)} pictures ({', '.join(sorted(PICTURES))}): at least two are needed")
-    return s, files
+def read_settings(words):
+    """The `Settings` of a command line's words key=value, checked."""
+    settings = read_options(Settings, words)
+    operator(settings.task, 64)
+    if settings.data is None:
+        raise ValueError("data is missing: give data=/folder of images")
+    if not settings.data.is_dir():
+        raise ValueError(f"data = {settings.data}: there is no such folder")
+    return settings
 
 
-def prepare(folder, settings, files):
-    """The folder of this row, which remembers its settings: ValueError where it was made with others."""
-    left_out = ("devices", "accelerator", "nodes", "out")  # results do not depend on these
-    mine = {k: v for k, v in settings.items() if k not in left_out} | {"files": [path.name for path in files]}
+def origin(settings):
+    """What a folder of results is valid for, besides the images: the settings that count, and the model's files by content."""
+    weights, config = locate(settings.model, settings.config)
+    config, parts = read_config(config) if config else (None, {})
+    files = [weights, *(resolve_path(part["path"]) for part in parts.values())]
+    return settings.that_count() | {"weights": [sha256(file) for file in files], "config": config}
+
+
+def prepare(folder, mine):
+    """The folder of this row, which remembers its origin: ValueError where its results have another one."""
     path = folder / "settings.json"
-    if path.is_file():
-        theirs = json.loads(path.read_text())
-        if changed := [k for k in mine if theirs.get(k) != mine[k]]:
-            raise ValueError(f"{folder} holds results with another {changed[0]}: delete it or give another out")
-    else:
+    if not path.is_file():
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(mine, indent=2) + "\n")
+    theirs = json.loads(path.read_text())
+    if changed := [k for k in mine if theirs.get(k) != mine[k]]:
+        raise ValueError(f"{folder} holds results with another {changed[0]}: delete it or give another out")
 
 
-def evaluate(settings, files):
-    """Sample, measure, and write the row of these settings (of `read_settings`). Returns the path of the table."""
-    out = Path(settings["out"])
-    key = {k: settings.get(k) for k in KEY} | dict(model=Path(settings["model"]).stem, images=len(files))
-    folder = out / "-".join(str(key[k]) for k in KEY[:4]).replace(" ", "_")
-    dtype = PRECISIONS[str(settings["precision"])]
-    model = load_model(settings["model"], settings["config"], "cpu", dtype, settings["prediction"])
+def evaluate(settings):
+    """Sample, measure, and write the row of these settings. Returns the path of the table."""
+    out = settings.out
+    model = load_model(settings.model, settings.config, "cpu", PRECISIONS[settings.precision], settings.prediction)
     if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model = {settings['model']} is a diffusers pipeline: give a shipped model, .ckpt or .safetensors")
-    evaluation = Evaluation(model, settings, files, folder)
+        raise ValueError(f"model = {settings.model} is a diffusers pipeline: give a shipped model, .ckpt or .safetensors")
+    evaluation = Evaluation(model, settings)
     evaluation.check()
-    prepare(folder, settings, files)
-    blocks = -(-len(files) // settings["batch"])
-    left = [i for i in range(blocks) if not (folder / f"{i}.pt").is_file()]
-    if left:
+    inputs = read_inputs(settings, evaluation.size, evaluation.image_channels)
+    key = {k: asdict(settings).get(k) for k in KEY} | dict(model=Path(settings.model).stem, images=len(inputs))
+    evaluation.folder = folder = out / "-".join(str(key[k]) for k in KEY[:4])
+    evaluation.first = inputs[0].number
+    prepare(folder, origin(settings))
+    blocks = [inputs[i : i + settings.batch] for i in range(0, len(inputs), settings.batch)]
+    evaluation.blocks = [block for block in blocks if block_of(folder, block) is None]
+    if evaluation.blocks:
         trainer = pl.Trainer(
-            accelerator=settings["accelerator"], devices=settings["devices"], num_nodes=settings["nodes"],
-            inference_mode=False, logger=False, enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
-        dataset = Blocks(files, settings["batch"], evaluation.size, evaluation.picture_channels, left)
+            accelerator=settings.accelerator, devices=int(settings.devices) if settings.devices.isdigit() else settings.devices,
+            num_nodes=settings.nodes, inference_mode=False, logger=False, enable_checkpointing=False,
+            enable_model_summary=False)  # fmt: skip
+        dataset = Blocks(evaluation.blocks, evaluation.size, evaluation.image_channels)
         trainer.predict(evaluation, DataLoader(dataset, batch_size=None), return_predictions=False)
         if not trainer.is_global_zero:
             return None
     path = out / "evaluate.csv"
-    if not in_table(path, key):
-        append_row(path, key | gather(folder, blocks))
+    put_row(path, key | gather(folder, blocks))
     text = "\n".join(markdown(read_rows(path), out.name, FEATURES, LABELS)) + "\n"
     with atomic_write(out / "evaluate.md") as temporary:
         temporary.write_text(text)
@@ -206,11 +280,13 @@ def evaluate(settings, files):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"settings, with their defaults:\n\n{options_help(Settings)}")  # fmt: skip
     parser.add_argument("settings", nargs="+", metavar="key=value")
     try:
-        evaluate(*read_settings(parser.parse_args(argv).settings))
-    except (ValueError, FileNotFoundError) as error:
+        evaluate(read_settings(parser.parse_args(argv).settings))
+    except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         sys.exit(f"ldm.evaluate: {error}")
 
 

@@ -29,11 +29,24 @@ def in_table(path, key):
 
 def append_row(path, row):
     """Add a row. Numbers keep five digits, None is an empty cell."""
-    row = {k: f"{v:.5g}" if isinstance(v, float) else "" if v is None else v for k, v in row.items()}
+    _write(path, [*read_rows(path), _cells(row)])
+
+
+def put_row(path, row):
+    """Add a row, in the place of the one with the same KEY."""
+    others = [other for other in read_rows(path) if any(other[k] != str(row[k]) for k in KEY)]
+    _write(path, [*others, _cells(row)])
+
+
+def _cells(row):
+    return {k: f"{v:.5g}" if isinstance(v, float) else "" if v is None else v for k, v in row.items()}
+
+
+def _write(path, rows):
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows([*read_rows(path), row])
+        writer.writerows(rows)
 
 
 def measures_in(rows):

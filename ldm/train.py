@@ -5,7 +5,8 @@
 A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`; under `validation` the names and
 further arguments of its held-out sets), `training` (a task of
 ldm/training.py) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). It may have `parts`, the
-files of those parts of the model that were trained before, and `init`, the weights to start from. The command line sets any value:
+files of those parts of the model that were trained before, and `init`, the weights to start from. The command line sets any value;
+text stays text, whatever is in it:
 
     trainer.max_time=00:01:00:00   a time budget of an hour, after which it saves and ends
     init=checkpoints/tiny/unet.safetensors                   fine-tuning
@@ -16,6 +17,7 @@ end weights.safetensors, the averaged weights in float16. The same command after
 """
 
 import argparse
+import inspect
 import itertools
 from pathlib import Path
 
@@ -26,9 +28,11 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from ldm.commands import check_keys, override
 from ldm.util import instantiate_from_config, load_config, moved
 from ldm.weights import load_parts, save_weights
 
+KEYS = "model data training trainer parts init batch_size num_workers checkpoint_every ema".split()  # of a config
 # Configs of version 0.1 name the tasks as ldm.train.DiffusionTraining ...
 __getattr__ = moved(
     "ldm.train",
@@ -64,11 +68,25 @@ def main(argv=None):
     parser.add_argument("--fresh", action="store_true", help="start anew even if the run has a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the config's")
     args = parser.parse_args(argv)
+    args.config = args.config.expanduser()
     if not args.config.is_file():
         parser.error(f"--config {args.config}: no such file")
-    config = OmegaConf.merge(load_config(args.config), OmegaConf.from_dotlist(args.overrides))
+    try:
+        config = override(OmegaConf.to_container(load_config(args.config), resolve=True), args.overrides)
+        check_config(config)
+    except ValueError as error:
+        parser.error(str(error))
     run = Path("runs") / (args.name or "_".join(args.config.with_suffix("").parts[-2:]))
-    train(OmegaConf.to_container(config, resolve=True), run, resume=not args.fresh)
+    train(config, run, resume=not args.fresh)
+
+
+def check_config(config):
+    """ValueError, which suggests the right one, for keys that no part of the training would read."""
+    check_keys(config, KEYS, "")
+    check_keys(config["data"], ("target", "params", "folder", "size"), "data.")
+    check_keys(config["trainer"], inspect.signature(pl.Trainer).parameters, "trainer.")
+    for part in ("model", "training"):
+        check_keys(config[part], ("target", "params"), f"{part}.")
 
 
 def train(config, run, resume=True):

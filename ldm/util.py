@@ -1,5 +1,6 @@
 """Objects and paths from configs, files written whole, the device by name, and memory."""
 
+import inspect
 import re
 import resource
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.commands import suggestion
+
 PACKAGE = Path(__file__).resolve().parent
 # Where configs/ and checkpoints/ are: in a checkout the repository's root, in an installed wheel a folder of the package.
 ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
@@ -20,7 +23,7 @@ ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 def resolve_path(path: str | Path) -> Path:
     """A path in a config: as it is where it exists, otherwise below the repository's root. FileNotFoundError if in neither."""
-    for candidate in (Path(path), ROOT / path):
+    for candidate in (Path(path).expanduser(), ROOT / path):
         if candidate.exists():
             return candidate
     raise FileNotFoundError(f"{path}: there is no such file, here or in {ROOT}")
@@ -31,7 +34,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """`with atomic_write(path) as temporary: save(temporary)`: what is written to `temporary`, a path in the same folder with the
     same suffix, takes the place of `path` at the end. An interrupted or failed write leaves the old file and nothing else.
     The folder is made where it is missing; the permissions are those of any new file, whatever `save` sets."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     temporary.touch()
@@ -47,7 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def load_config(path: str | Path) -> DictConfig:
     """A yaml file as an OmegaConf. With `base: other.yaml` in it (relative to the file) it is that config, with its own values
     in their places. FileNotFoundError where there is none."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"config {path}: there is no such file")
     config = OmegaConf.load(path)
@@ -81,7 +84,22 @@ def instantiate_from_config(config: Mapping[str, Any] | DictConfig, **overrides:
         raise ValueError(f"this part of the config has no 'target', only {sorted(config)}")
     params = config.get("params") or {}
     params = OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else params
-    return get_obj_from_str(config["target"])(**{**params, **overrides})
+    build = get_obj_from_str(config["target"])
+    try:
+        return build(**{**params, **overrides})
+    except TypeError as error:
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not wrong or wrong[1] not in params:
+            raise
+        known = [name for name in argument_names(build) if name not in overrides]
+        raise ValueError(f"{config['target']} has no argument {wrong[1]}: {suggestion(wrong[1], known)}") from error
+
+
+def argument_names(build):
+    """The names of a function's arguments, or of a class's and of those classes that its **kwargs go to."""
+    classes = [c for c in inspect.getmro(build) if "__init__" in vars(c)] if inspect.isclass(build) else [build]
+    parameters = [p for c in classes if c is not object for p in inspect.signature(c).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)))
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
