@@ -60,7 +60,7 @@ def test_converted_pictures(folder):
     (folder / "b.txt").write_text("dark")
     data = CaptionedFolder(folder, 16)
     found = {caption: x[0, 8, 8].item() for x, caption in (data[i] for i in range(3))}
-    assert len(data) == 7 and found == {"dark": -1.0} and data.pictures[1].min() == 255
+    assert len(data) == 7 and found == {"dark": -1.0} and data.images[1].min() == 255
 
 
 @pytest.mark.parametrize("fault", ["broken", "text", "tiny", "no caption"])
@@ -81,7 +81,7 @@ def test_faulty_pictures_are_named_and_left_out(folder, fault):
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="nowhere: there is no such folder"):
         CaptionedFolder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has 0 usable pictures"):
+    with pytest.raises(ValueError, match="has 0 usable images"):
         CaptionedFolder(tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_an_item_is_one_of_its_group():
 
 def test_encoded_pictures_are_the_picture_s_and_its_mirror_s(folder):
     data = CaptionedFolder(folder, 16)
-    data.pictures[0, :, :, :8] = 0
+    data.images[0, :, :, :8] = 0
     encoded = Encoded(data, lambda x: x[:, :, ::4, ::4], lambda texts: torch.tensor([[[len(t)]] for t in texts]).float(), batch=2)
     x, _ = data[0]
     torch.manual_seed(0)

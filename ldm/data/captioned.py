@@ -1,22 +1,22 @@
-"""Pictures with captions: the base class, a user's own folder, and what a latent diffusion model makes of them in advance."""
+"""Images with captions: the base class, a user's own folder, and what a latent diffusion model makes of them in advance."""
 
-import csv
 import warnings
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.images import from_uint8
-
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from ldm.data.captions import find_captions
+from ldm.images import from_uint8, on_white, open_image
 
 
 class Captioned(Dataset):
-    """Subclasses give `item(i)`, picture i with its caption, and `groups`, lists of picture numbers: item g of the dataset is
-    one picture of groups[g], drawn anew every time."""
+    """Subclasses give `item(i)`, image i with its caption, and `groups`, lists of image numbers: item g of the dataset is
+    one image of groups[g], drawn anew every time."""
 
     def __init__(self, groups):
         self.groups = groups
@@ -30,69 +30,58 @@ class Captioned(Dataset):
 
 
 class CaptionedFolder(Captioned):
-    """(picture [3, size, size] in [-1, 1], caption) of a folder: picture.png beside picture.txt, or a captions.csv with lines
-    `file,caption`. Pictures are cropped to their centre square and reduced to size x size.
+    """(image [3, size, size] in [-1, 1], caption) of a folder and its subfolders: image.png next to image.txt, or a captions.csv
+    with lines `file,caption` (see `find_captions`). Images are read as everywhere (ldm/images.py): upright, on white, their first
+    frame. They are cropped to their centre square and reduced to size x size.
 
-    A picture that is unreadable, smaller than size x size or without caption is left out with a warning that names it. Grey,
-    palette and transparent pictures are converted, on white. The last twentieth of the files by name are for validation
-    (train=False). ValueError where the folder is missing or nothing is left.
+    A file that cannot be used is left out with a warning that names it: an image that is unreadable, smaller than size x size or
+    without caption, a file of another kind, a line of a table. One more warning counts them. The last twentieth of the images by
+    name is for validation (train=False). ValueError where the folder is missing or fewer than two images are left.
     """
 
     def __init__(self, folder, size=64, train=True):
-        self.folder, self.size = Path(folder), size
+        self.folder, self.size = Path(folder).expanduser(), size
         if not self.folder.is_dir():
             raise ValueError(f"data.folder = {folder}: there is no such folder")
-        table = self.folder / "captions.csv"
-        if table.is_file():
-            with open(table, newline="", encoding="utf-8") as file:
-                captions = {row[0]: row[1].strip() for row in csv.reader(file) if len(row) == 2}
-        else:
-            texts = {p.stem: p for p in self.folder.glob("*.txt")}
-            captions = {}
-        self.pictures, self.captions = [], []
-        for path in tqdm(sorted(p for p in self.folder.iterdir() if p.suffix.lower() in PICTURES), "reading pictures", delay=2):
-            caption = (
-                captions.get(path.name)
-                if table.is_file()
-                else (texts[path.stem].read_text(encoding="utf-8").strip() if path.stem in texts else None)
-            )
-            if caption is None:
-                where = "captions.csv has no line for it" if table.is_file() else f"there is no {path.stem}.txt"
-                warnings.warn(f"{path} is left out: no caption, {where}", stacklevel=2)
-                continue
+        captions, left_out = find_captions(self.folder)
+        self.images, self.captions = [], []
+        for path, caption in tqdm(captions.items(), "reading images", delay=2):
             try:
-                picture = self.read(path)
-            except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-                warnings.warn(f"{path} is left out: {error}", stacklevel=2)
-                continue
-            self.pictures.append(picture)
-            self.captions.append(caption)
-        if len(self.pictures) < 2:
-            raise ValueError(
-                f"data.folder = {folder} has {len(self.pictures)} usable pictures with captions: at least two are "
-                "needed, as name.png with name.txt, or with a captions.csv of lines `file,caption`"
-            )
-        held_out = max(1, len(self.pictures) // 20)
+                self.images.append(self.read(path))
+                self.captions.append(caption)
+            except ValueError as error:
+                kind = "too small" if "pixels, at least" in str(error) else "unreadable"
+                left_out.append((path, kind, str(error).removeprefix(f"image = {str(path)!r}: ")))
+        for path, _, reason in left_out:
+            warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
+        kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(kind for _, kind, _ in left_out).items())
+        summary = f"data.folder = {folder} has {len(self.images)} usable images with captions" + (
+            f"; left out are {kinds}" * bool(kinds)
+        )
+        if len(self.images) < 2:
+            raise ValueError(f"{summary}: at least two are needed, as name.png with name.txt, or with a captions.csv of lines "
+                             "`file,caption`")  # fmt: skip
+        if left_out:
+            warnings.warn(summary, stacklevel=2)
+        held_out = max(1, len(self.images) // 20)
         cut = slice(None, -held_out) if train else slice(-held_out, None)
-        self.pictures, self.captions = torch.stack(self.pictures[cut]), self.captions[cut]
+        self.images, self.captions = torch.stack(self.images[cut]), self.captions[cut]
         super().__init__([[i] for i in range(len(self.captions))])
 
     def read(self, path):
-        """[3, size, size] uint8."""
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+        """[3, size, size] uint8. ValueError for an image that is unreadable or too small."""
+        image = on_white(open_image(path)).convert("RGB")
         if min(image.size) < self.size:
             raise ValueError(f"it has {image.width}x{image.height} pixels, at least {self.size}x{self.size} are needed")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def item(self, i):
-        return from_uint8(self.pictures[i]), self.captions[i]
+        return from_uint8(self.images[i]), self.captions[i]
 
 
 class Encoded(Captioned):
-    """(latent mean [C, h, w], tokens [M, D]) of a captioned dataset's pictures, each also mirrored: half of all looks.
+    """(latent mean [C, h, w], tokens [M, D]) of a captioned dataset's images, each also mirrored: half of all looks.
 
     encode_images: [B, 3, H, W] -> [B, C, h, w]; encode_prompts: list of strings -> [B, M, D]. Everything is computed once, and
     held in memory in float16.
@@ -103,9 +92,9 @@ class Encoded(Captioned):
         super().__init__(dataset.groups)
         number = max(i for group in dataset.groups for i in group) + 1
         latents, captions = [], []
-        for start in tqdm(range(0, number, batch), "encoding pictures", delay=2):
-            pictures, texts = zip(*(dataset.item(i) for i in range(start, min(start + batch, number))), strict=True)
-            x = torch.stack(pictures)
+        for start in tqdm(range(0, number, batch), "encoding images", delay=2):
+            images, texts = zip(*(dataset.item(i) for i in range(start, min(start + batch, number))), strict=True)
+            x = torch.stack(images)
             latents.append(encode_images(torch.cat([x, x.flip(3)])).unflatten(0, (2, -1)).transpose(0, 1).half().cpu())
             captions += texts
         self.latents = torch.cat(latents)  # [N, 2, C, h, w]
