@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ldm.comparison import NO_DECODER, ONLY_MASKS, Method
-from ldm.newton_sampler import State, _Counted, seeded_noise
 from ldm.operators import Mask
+from ldm.sampling import CountedDenoiser, State, seeded_noise
 from ldm.schedules import CLEAN
 
 LEAST_NOISE = 1e-3  # standard deviation that stands for noise-free measurements: their formulas divide by it
@@ -43,7 +43,7 @@ def azula(kind):
     """
 
     def sampler(D, constraint, shape, seeds, steps, sigma_y=0.0, device="cpu", dtype=torch.float32, **settings):
-        D, noise = _Counted(D), Noise(shape, seeds, device, dtype)
+        D, noise = CountedDenoiser(D), Noise(shape, seeds, device, dtype)
         make = _azula_samplers()[kind]
         vectors = [lambda x: x.view(shape), lambda x: x.flatten(1)]
         run = make(_azula_denoiser(D, *vectors), constraint, *_vector_measurement(constraint, *vectors), sigma_y, **settings)
@@ -60,8 +60,8 @@ def azula(kind):
 
 def _vector_measurement(constraint, picture, vector):
     """y [B, M], A and A^+ on vectors."""
-    pixels = getattr(constraint, "pixels", constraint)
-    decode = getattr(constraint, "decode", lambda x: x)
+    pixels = constraint.pixels if constraint.through_decoder else constraint
+    decode = constraint.decode if constraint.through_decoder else lambda x: x
     y = pixels.A.measured(pixels.y)
     A = lambda x: vector(pixels.A(decode(picture(x))))  # noqa: E731
     return vector(y), A, lambda v: vector(pixels.A.pseudo_inverse(v.view(y.shape)))
@@ -138,7 +138,7 @@ def deepinv(kind):
     """
 
     def sampler(D, constraint, shape, seeds, steps, sigma_y=0.0, device="cpu", dtype=torch.float32, **settings):
-        D, noise = _Counted(D), Noise(shape, seeds, device, dtype)
+        D, noise = CountedDenoiser(D), Noise(shape, seeds, device, dtype)
         sigma_y = max(sigma_y, LEAST_NOISE) / 2
         y = (constraint.A.measured(constraint.y).float() + constraint.A(torch.ones(shape, device=device))) / 2
         run = _deepinv_samplers(_deepinv_denoiser(D), steps, sigma_y, device, settings)[kind]()
@@ -146,7 +146,7 @@ def deepinv(kind):
         stance = torch.compiler.set_stance("force_eager" if kind == "PiGDM" else "default")
         with noise, stance, torch.inference_mode(False), torch.no_grad():
             x = (2 * run(y, physics) - 1).to(dtype)
-        yield State(steps, 0, x, x, constraint(x)[1], D.calls)
+        yield State(steps, 0, x, x, constraint.residual(x), D.calls)
 
     return sampler
 

@@ -24,10 +24,10 @@ from ldm.checkpoints import load_model
 from ldm.constraints import latent_inpainting
 from ldm.data.emoji import sample_emoji
 from ldm.denoisers import LatentDenoiser
+from ldm.fast_sampler import fast_sampler
 from ldm.images import to_pil
 from ldm.inpainting import blend
 from ldm.newton_sampler import sample
-from ldm.solver import fast_sampler
 from ldm.util import ROOT, resolve_device
 
 SIZES = ((512, 512), (512, 1024), (1024, 1024), (512, 2048), (1024, 2048))

@@ -34,9 +34,9 @@ from tqdm import tqdm
 from ldm.baselines import gradient_steps
 from ldm.constraints import latent_inpainting
 from ldm.denoisers import LatentDenoiser
+from ldm.fast_sampler import fast_sampler
 from ldm.inpainting import make_mask
-from ldm.newton_sampler import H, newton_sampler
-from ldm.solver import fast_sampler
+from ldm.newton_sampler import newton_sampler
 from ldm.util import ROOT, instantiate_from_config, load_config, resolve_device
 
 COMPILATION = 120  # seconds, about, that a group's compilation needs: it is not begun later
@@ -159,9 +159,8 @@ class Problem:
 
     def states(self, method, D, constraint):
         steps = {} if self.steps is None else {"steps": max(3, round(1.2 * self.steps)) if method == "fast" else self.steps}
-        h = {"h": H[DTYPES[self.group.dtype]]} if method in ("newton", "fast") else {}
         sampler = {"plain": newton_sampler, "newton": newton_sampler, "fast": fast_sampler, "gradient": gradient_steps}[method]
-        return sampler(D, constraint, self.shape, range(self.group.batch), **steps, **h, device=self.device)
+        return sampler(D, constraint, self.shape, range(self.group.batch), **steps)
 
 
 def measure(problem, method, flop, rate, memory, deadline):

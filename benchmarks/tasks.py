@@ -29,12 +29,13 @@ from ldm.clip import load_clip_vision
 from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint, gram_distance, latent_inpainting
 from ldm.data.emoji import SHIPPED_STYLES, Emoji
 from ldm.denoisers import LatentDenoiser
+from ldm.fast_sampler import fast_sampler
 from ldm.images import from_uint8
 from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import lpips_distance, lpips_weights, psnr, ssim
-from ldm.newton_sampler import State, newton_sampler, sample, seeded_noise
+from ldm.newton_sampler import newton_sampler, sample
 from ldm.operators import Mask, downsample
-from ldm.solver import fast_sampler
+from ldm.sampling import State, seeded_noise
 from ldm.util import resolve_device
 
 

@@ -5,19 +5,23 @@ Each is a generator of `State` with the arguments of `newton_sampler`, written f
 gradient_steps) also run as many backward passes through D as their docstrings say. ValueError for wrong arguments.
 
 Arguments of all: D, a denoiser (ldm/denoisers.py); constraint, a LinearConstraint unless the docstring allows others; shape
-[B, C, H, W] of x_t; seeds, one integer per sample; steps, diffusion steps; device, dtype of x_t. Samples of a batch never mix.
+[B, C, H, W] of x_t; seeds, one integer per sample; steps, diffusion steps; levels, noise, start, device, dtype: see
+ldm.sampling.Common. Samples of a batch never mix.
 """
 
 from itertools import pairwise
 
 import torch
+from typing_extensions import Unpack
 
-from ldm.newton_sampler import State, _Counted, seeded_noise, unit
+from ldm.fast_sampler import INNER
+from ldm.linalg import gcr, power_iteration, unit
+from ldm.newton_sampler import step_lengths
 from ldm.operators import Mask
-from ldm.solver import dot, solve_without_J
+from ldm.sampling import Common, Run, State, begin, check_eta, seeded_noise
 
 
-def dps(D, constraint, shape, seeds, steps=1000, zeta=1.0, eta=1.0, device="cpu", dtype=torch.float32):
+def dps(D, constraint, shape, seeds, steps=1000, zeta=1.0, eta=1.0, **common: Unpack[Common]):
     """Diffusion posterior sampling (Chung et al., ICLR 2023, Algorithm 1), for LinearConstraint and DecodedConstraint:
 
         x_s = ancestral step from (x_t, D(x_t, t)),   x_s <- x_s - zeta grad_{x_t} |y - A D(x_t, t)|_2
@@ -26,14 +30,14 @@ def dps(D, constraint, shape, seeds, steps=1000, zeta=1.0, eta=1.0, device="cpu"
     One forward and one backward evaluation per step. Defaults: 1,000 steps, zeta = 1.
     """
     _positive(zeta=zeta)
-    levels, noise, D = _start(D, shape, seeds, steps, eta, device, dtype)
-    pixels = getattr(constraint, "pixels", constraint)
-    return _dps(D, constraint, noise, levels, zeta, eta, lambda residual: residual * pixels.measured.sqrt())
+    run = _start(D, shape, seeds, steps, eta, common)
+    pixels = constraint.pixels if constraint.through_decoder else constraint
+    return _dps(run, constraint, zeta, eta, lambda residual: residual * pixels.count.sqrt())
 
 
 @torch.no_grad()
-def _dps(D, constraint, noise, levels, zeta, eta, norm):
-    x_t = noise()
+def _dps(run, constraint, zeta, eta, norm):
+    D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels)):
         x0, gradient, residual = _vjp(D, constraint, x_t, now.t)
         length = norm(residual).clamp_min(1e-12).view(-1, *[1] * (x_t.ndim - 1)).to(x_t)
@@ -41,38 +45,35 @@ def _dps(D, constraint, noise, levels, zeta, eta, norm):
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def gradient_steps(
-    D, constraint, shape, seeds, steps=20, gradient_steps=5, lr=(0.5, 0.1), eta=0.0, device="cpu", dtype=torch.float32
-):
+def gradient_steps(D, constraint, shape, seeds, steps=20, gradient_steps=5, lr=(0.5, 0.1), eta=0.0, **common: Unpack[Common]):
     """The Newton sampler's loop with the gradient J^T e in the place of J e (FreeDoM, Yu et al., ICCV 2023, with this paper's
     normalisation), for any constraint:
 
         x0 = D(x_t, t);  K times: { e = constraint(x0);  x_t += lr J^T e / |J^T e|_inf;  x0 = D(x_t, t) };  DDIM step
 
-    1 + K forward (x0 is had with the graph of its gradient) and K backward evaluations per step. lr: from the first diffusion step
-    to the last, or one number.
+    1 + K forward (x0 is had with the graph of its gradient) and K backward evaluations per step. lr: as
+    that of `newton_sampler`.
     """
-    lr_first, lr_last = lr if isinstance(lr, (tuple, list)) else (lr, lr)
-    _positive(lr=min(lr_first, lr_last), gradient_steps=gradient_steps)
-    levels, noise, D = _start(D, shape, seeds, steps, eta, device, dtype)
-    lrs = [lr_first + (lr_last - lr_first) * i / max(steps - 1, 1) for i in range(steps)]
-    return _gradient_steps(D, constraint, noise, levels, gradient_steps, lrs, eta)
+    _positive(gradient_steps=gradient_steps)
+    lengths = step_lengths(lr, gradient_steps)
+    run = _start(D, shape, seeds, steps, eta, common)
+    return _gradient_steps(run, constraint, lengths, eta)
 
 
 @torch.no_grad()
-def _gradient_steps(D, constraint, noise, levels, gradient_steps, lrs, eta):
-    x_t = noise()
+def _gradient_steps(run, constraint, lengths, eta):
+    D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels)):
-        for _ in range(gradient_steps):
+        for lr in lengths:
             _, gradient, _ = _vjp(D, constraint, x_t, now.t)
-            x_t = x_t + lrs[i] * unit(gradient)
+            x_t = x_t + lr * unit(gradient)
         x0 = D(x_t, now.t)
-        residual = constraint(x0)[1]
+        residual = constraint.residual(x0)
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def mpgd(D, constraint, shape, seeds, steps=100, scale=1.0, eta=0.0, device="cpu", dtype=torch.float32):
+def mpgd(D, constraint, shape, seeds, steps=100, scale=1.0, eta=0.0, **common: Unpack[Common]):
     """Manifold preserving guided diffusion (He et al., ICLR 2024, Algorithm 1, without autoencoder): the gradient with respect to
     x0, eps as before.
 
@@ -82,62 +83,63 @@ def mpgd(D, constraint, shape, seeds, steps=100, scale=1.0, eta=0.0, device="cpu
     that scale = 1 is a full step for every A. One forward evaluation per step.
     """
     _positive(scale=scale)
-    levels, noise, D = _start(D, shape, seeds, steps, eta, device, dtype)
-    c = scale / _squared_norm(constraint.A, shape, device, dtype)
-    return _corrected(D, constraint, noise, levels, eta, lambda x0, now, to: c * constraint(x0)[0])
+    run = _start(D, shape, seeds, steps, eta, common)
+    c = scale / _squared_norm(constraint.A, run.x_t)
+    return _corrected(run, constraint, eta, lambda x0, now, to: c * constraint(x0)[0])
 
 
-def ddnm(D, constraint, shape, seeds, steps=100, sigma_y=0.0, eta=0.85, device="cpu", dtype=torch.float32):
+def ddnm(D, constraint, shape, seeds, steps=100, sigma_y=0.0, eta=0.85, **common: Unpack[Common]):
     """Denoising diffusion null-space model (Wang et al., ICLR 2023, eq. 13; with noise the weight of eq. 17): projection.
 
         x0 <- x0 + lambda A^+ (y - A x0),   DDIM step with eta = 0.85,   lambda = min(1, sigma_s / (alpha_s sigma_y))
 
     A needs a pseudo-inverse. One forward evaluation per step.
     """
-    levels, noise, D = _start(D, shape, seeds, steps, eta, device, dtype)
+    run = _start(D, shape, seeds, steps, eta, common)
     constraint.A.pseudo_inverse(torch.zeros_like(constraint.y))  # its error before any work, if there is none
 
     def correction(x0, now, to):
         weight = 1.0 if sigma_y == 0 else min(1.0, to.sigma / (to.alpha * sigma_y))
-        return weight * constraint.A.pseudo_inverse(constraint.residual(x0))
+        return weight * constraint.A.pseudo_inverse(constraint.difference(x0))
 
-    return _corrected(D, constraint, noise, levels, eta, correction)
+    return _corrected(run, constraint, eta, correction)
 
 
 @torch.inference_mode()
-def _corrected(D, constraint, noise, levels, eta, correction):
-    x_t = noise()
+def _corrected(run, constraint, eta, correction):
+    D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels)):
         x0 = D(x_t, now.t)
         correct = x0 + correction(x0, now, to)
         eps_hat = (x_t - now.alpha * x0) / now.sigma
         x_t = D.schedule.step(now.alpha * correct + now.sigma * eps_hat, correct, now, to, eta, noise)
-        yield State(i + 1, now.t, x_t, correct, constraint(correct)[1], D.calls)
+        yield State(i + 1, now.t, x_t, correct, constraint.residual(correct), D.calls)
 
 
-def psld(D, constraint, encode, shape, seeds, steps=1000, omega=1.0, gamma=0.1, eta=1.0, device="cpu", dtype=torch.float32):
+def psld(D, constraint, encode, shape, seeds, steps=1000, omega=1.0, gamma=0.1, eta=1.0, **common: Unpack[Common]):
     """Posterior sampling with latent diffusion (Rout et al., NeurIPS 2023, Algorithm 2), for a DecodedConstraint:
 
         x_s = ancestral step,  x_s <- x_s - grad_{x_t} ( omega |y - A Dec(x0)|_2 + gamma |x0 - Enc(A^+ y + (1 - A^+ A) Dec(x0))|_2 )
 
-    encode: pictures -> latents, differentiable. One forward and one backward evaluation of D per step, and one of the decoder and
+    encode: images -> latents, differentiable. One forward and one backward evaluation of D per step, and one of the decoder and
     the encoder each. Defaults as in the authors' code: 1,000 steps, omega = 1, gamma = 0.1.
     """
     _positive(omega=omega)
-    levels, noise, D = _start(D, shape, seeds, steps, eta, device, dtype)
-    return _psld(D, constraint, encode, noise, levels, omega, gamma, eta)
+    run = _start(D, shape, seeds, steps, eta, common)
+    return _psld(run, constraint, encode, omega, gamma, eta)
 
 
 @torch.no_grad()
-def _psld(D, constraint, encode, noise, levels, omega, gamma, eta):
-    decode, pixels, x_t = constraint.decode, constraint.pixels, noise()
+def _psld(run, constraint, encode, omega, gamma, eta):
+    D, levels, noise, x_t = run
+    decode, pixels = constraint.decode, constraint.pixels
     for i, (now, to) in enumerate(pairwise(levels)):
         with torch.enable_grad():
             x = x_t.clone().requires_grad_()
             x0 = D(x, now.t)
-            picture = decode(x0)
-            r = pixels.residual(picture)
-            glued = encode(picture + pixels.A.pseudo_inverse(r))
+            image = decode(x0)
+            r = pixels.difference(image)
+            glued = encode(image + pixels.A.pseudo_inverse(r))
             norms = omega * (r.flatten(1).norm(dim=1)) + gamma * (x0 - glued).flatten(1).norm(dim=1)
             (gradient,) = torch.autograd.grad(norms.sum(), x)
         x0 = x0.detach()
@@ -145,7 +147,7 @@ def _psld(D, constraint, encode, noise, levels, omega, gamma, eta):
         yield State(i + 1, now.t, x_t, x0, pixels.rms(r.detach()), D.calls)
 
 
-def repaint(D, constraint, shape, seeds, steps=250, resamples=10, device="cpu", dtype=torch.float32):
+def repaint(D, constraint, shape, seeds, steps=250, resamples=10, **common: Unpack[Common]):
     """RePaint (Lugmayr et al., CVPR 2022, Algorithm 1), for masks only: what is known is pasted in at every noise level, and each
     step is repeated after noising back, so that the rest gets to know of it.
 
@@ -156,13 +158,14 @@ def repaint(D, constraint, shape, seeds, steps=250, resamples=10, device="cpu", 
     if not isinstance(constraint.A, Mask):
         raise ValueError(f"constraint.A is a {type(constraint.A).__name__}: RePaint fills in masks only")
     _positive(resamples=resamples)
-    levels, noise, D = _start(D, shape, seeds, steps, 1.0, device, dtype)
-    return _repaint(D, constraint, noise, levels, resamples)
+    run = _start(D, shape, seeds, steps, 1.0, common)
+    return _repaint(run, constraint, resamples)
 
 
 @torch.inference_mode()
-def _repaint(D, constraint, noise, levels, resamples):
-    M, x_t = constraint.A, noise()
+def _repaint(run, constraint, resamples):
+    D, levels, noise, x_t = run
+    M = constraint.A
     for i, (now, to) in enumerate(pairwise(levels)):
         for u in reversed(range(resamples if to.sigma > 0 else 1)):
             x0 = D(x_t, now.t)
@@ -172,10 +175,10 @@ def _repaint(D, constraint, noise, levels, resamples):
                 a = now.alpha / to.alpha
                 x_t = a * x_s + (now.sigma**2 - (a * to.sigma) ** 2) ** 0.5 * noise()
         x_t = x_s
-        yield State(i + 1, now.t, x_t, x0, constraint(x0 if to.sigma > 0 else x_s)[1], D.calls)
+        yield State(i + 1, now.t, x_t, x0, constraint.residual(x0 if to.sigma > 0 else x_s), D.calls)
 
 
-def diffpir(D, constraint, shape, seeds, steps=100, sigma_y=0.0, weight=7.0, zeta=0.3, device="cpu", dtype=torch.float32):
+def diffpir(D, constraint, shape, seeds, steps=100, sigma_y=0.0, weight=7.0, zeta=0.3, **common: Unpack[Common]):
     """Denoising diffusion models for plug-and-play restoration (Zhu et al., CVPR workshops 2023, Algorithm 1):
 
         x0 <- argmin_x |y - A x|^2 + rho |x - D(x_t, t)|^2,   rho = weight sigma_y^2 alpha_t^2 / sigma_t^2
@@ -186,17 +189,17 @@ def diffpir(D, constraint, shape, seeds, steps=100, sigma_y=0.0, weight=7.0, zet
     paper's. One forward evaluation per step.
     """
     _positive(weight=weight)
-    levels, noise, D = _start(D, shape, seeds, steps, zeta, device, dtype)
-    return _diffpir(D, constraint, noise, levels, weight * max(sigma_y, 1e-3) ** 2, zeta)
+    run = _start(D, shape, seeds, steps, zeta, common)
+    return _diffpir(run, constraint, weight * max(sigma_y, 1e-3) ** 2, zeta)
 
 
 @torch.inference_mode()
-def _diffpir(D, constraint, noise, levels, weight, zeta):
-    x_t = noise()
+def _diffpir(run, constraint, weight, zeta):
+    D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels)):
         x0 = D(x_t, now.t)
-        x0 = x0 + solve_without_J(constraint.A, constraint.residual(x0), 1.0, weight * (now.alpha / now.sigma) ** 2)
-        residual = constraint(x0)[1]
+        x0 = x0 + solve_without_J(constraint.A, constraint.difference(x0), 1.0, weight * (now.alpha / now.sigma) ** 2)
+        residual = constraint.residual(x0)
         if to.sigma > 0:
             eps = (x_t - now.alpha * x0) / now.sigma
             x_t = to.alpha * x0 + to.sigma * ((1 - zeta) ** 0.5 * eps + (zeta**0.5 * noise() if zeta else 0.0))
@@ -205,11 +208,10 @@ def _diffpir(D, constraint, noise, levels, weight, zeta):
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def _start(D, shape, seeds, steps, eta, device, dtype):
-    """What every method begins with: levels, noise and a counting D."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta (or zeta) = {eta}: give a number from 0 to 1")
-    return D.schedule.levels(steps), seeded_noise(shape, seeds, device, dtype), _Counted(D)
+def _start(D, shape, seeds, steps, eta, common) -> Run:
+    """What every method begins with."""
+    check_eta(eta)
+    return begin(D, shape, seeds, common.pop("levels", None) or D.schedule.levels(steps), **common)
 
 
 def _positive(**values):
@@ -228,11 +230,17 @@ def _vjp(D, constraint, x_t, t):
     return x0.detach(), gradient, residual
 
 
-def _squared_norm(A, shape, device, dtype, iterations=30):
+def _squared_norm(A, like):
     """|A|^2, the largest eigenvalue of A^T A, by power iteration from a fixed start; a float, at least a tiny positive number."""
-    v = seeded_noise((1, *shape[1:]), [0], device, dtype)().expand(shape)
-    for _ in range(iterations):
-        v = A.adjoint(A(v))
-        norm = dot(v, v).sqrt()
-        v = v / norm.clamp_min(1e-12)
-    return max(norm.max().item(), 1e-12)
+    v = seeded_noise((1, *like.shape[1:]), [0], like.device, like.dtype)().expand(like.shape)
+    return max(power_iteration(lambda v: A.adjoint(A(v)), v).max().item(), 1e-12)
+
+
+def solve_without_J(A, r, variance, noise_variance, vectors=INNER):
+    """d = V A^T (noise_variance I + A V A^T)^-1 r for V = variance I: no evaluation of D."""
+
+    def product(u):
+        w = variance * A.adjoint(u)
+        return w, A(w)
+
+    return gcr(r, product, vectors, noise_variance)[0]

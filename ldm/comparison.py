@@ -14,11 +14,12 @@ from torch.nn.functional import interpolate
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, latent_inpainting
+from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.inpainting import make_mask
 from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
-from ldm.newton_sampler import newton_sampler
+from ldm.newton_sampler import PAPER, newton_sampler
 from ldm.operators import Mask, downsample, gaussian_blur, measure
-from ldm.solver import fast_sampler, steps_for
+from ldm.schedules import DiffusionSchedule
 from ldm.table import PER_IMAGE
 
 NOISE = 0.05
@@ -85,9 +86,9 @@ class Task:
 
         LPIPS takes 64 x 64 pixels and more: smaller pictures are enlarged, grey ones tripled. NaN where its weights are missing.
         """
-        measured = self.pixels.rms(self.pixels.residual(x))
-        lpips = lpips_distance(large(x), large(self.images)) if lpips_weights() else torch.full_like(measured, float("nan"))
-        values = dict(residual=measured, psnr=psnr(x, self.images), ssim=ssim(x, self.images), lpips=lpips)
+        residual = self.pixels.residual(x)
+        lpips = lpips_distance(large(x), large(self.images)) if lpips_weights() else torch.full_like(residual, float("nan"))
+        values = dict(residual=residual, psnr=psnr(x, self.images), ssim=ssim(x, self.images), lpips=lpips)
         return {k: v.cpu() for k, v in values.items()}
 
 
@@ -127,30 +128,35 @@ class Method:
         return (self.sampler, self.settings(budget, task)) if self.takes[1](task) else None
 
 
-def newton_settings(n):
-    """The paper's loop: 20 diffusion steps of as many inner steps, 1 to 5, as n allows; below 60 fewer diffusion steps of one inner
-    step each, above 220 (the paper's number) more of five."""
-    inner = max(1, min(5, (n // 20 - 1) // 2))
-    steps = n // (1 + 2 * inner)
-    return dict(steps=steps if n > 220 else min(20, steps), newton_steps=inner)
+def newton_settings(n, task, **changed):
+    """The authors' settings of the paper's loop for the task (ldm.newton_sampler.PAPER; 220 or 420 evaluations). With a lower budget
+    fewer inner steps, then fewer diffusion steps of one inner step each; with a higher one more diffusion steps."""
+    settings = PAPER["inpainting" if isinstance(task.A, Mask) else "super-resolution"] | changed
+    most, steps = settings["newton_steps"], settings["steps"]
+    inner = max(1, min(most, (n // steps - 1) // 2))
+    affordable = n // (1 + 2 * inner)
+    settings |= dict(newton_steps=inner, steps=affordable if inner == most else min(steps, affordable))
+    if settings["eta"] == "paper" and not isinstance(task.schedule, DiffusionSchedule):
+        settings["eta"] = 0.0  # a flow has no betas to make the authors' noise of
+    return settings
 
 
-def gradient_settings(n):
+def gradient_settings(n, task):
     """As the paper's loop: an inner step costs one forward and one backward evaluation."""
-    settings = newton_settings(n)
-    return dict(steps=settings["steps"], gradient_steps=settings["newton_steps"])
+    settings = newton_settings(n, task)
+    return dict(steps=settings["steps"], gradient_steps=settings["newton_steps"], lr=settings["lr"])
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("newton", newton_sampler, lambda n, task: newton_settings(n)),
+        Method("newton", newton_sampler, newton_settings),
         # The constant step of the paper's super-resolution, and ancestral noise.
-        Method("newton-eta1", newton_sampler, lambda n, task: newton_settings(n) | dict(lr=0.1, eta=1.0),
+        Method("newton-eta1", newton_sampler, lambda n, task: newton_settings(n, task, lr=0.1, eta=1.0),
                label="newton, lr 0.1, eta 1"),
         # As many diffusion steps as n allows, at most 200.
         Method("fast", fast_sampler, lambda n, task: dict(steps=steps_for(n, task.schedule), **task.noise)),
-        Method("gradient", gradient_steps, lambda n, task: gradient_settings(n), label="gradient steps"),
+        Method("gradient", gradient_steps, gradient_settings, label="gradient steps"),
         # One forward and one backward evaluation a step.
         Method("DPS", dps, lambda n, task: dict(steps=n // 2)),
         Method("PSLD", psld, lambda n, task: dict(steps=n // 2, encode=task.encode), ONLY_DECODER),

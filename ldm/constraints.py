@@ -2,45 +2,96 @@
 
 `e` has x0's shape and points to where the constraint wants x0 to go; its length does not matter to the paper's loop. `residual`
 is a root mean square over what is measured, or the loss itself. The denoiser is never differentiated; where a constraint looks
-at decoded pictures, the gradient of the *decoder* is taken (`DecodedConstraint`, `LossConstraint`) or not even that
+at decoded images, the gradient of the *decoder* is taken (`DecodedConstraint`, `LossConstraint`) or not even that
 (`EncoderConstraint`).
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from ldm.images import check_image
 from ldm.inpainting import check_mask, harmonic_fill, latent_mask
-from ldm.newton_sampler import max_norm, unit
+from ldm.linalg import max_norm, unit
 from ldm.operators import Mask
 
 
-class LinearConstraint:
+class Constraint(ABC):
+    """What samplers ask of a constraint. Samples of a batch never mix.
+
+    linear            whether it is a measurement y = A x0 + sigma_y n whose A does not depend on x0
+    through_decoder   whether it looks at the decoded image
+    backward_passes   of the decoder (or of a loss), so far; the denoiser has none
+    linearised        x0 -> (A, r), the operator at x0 and the residual r = y - A x0; None where there is no operator
+    """
+
+    linear = False
+    through_decoder = False
+    backward_passes = 0
+    linearised: "Callable[[Tensor], tuple] | None" = None
+
+    @abstractmethod
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 [B, ...] -> (e, residual): the error direction, of x0's shape, and one number per sample [B]."""
+
+    def residual(self, x0: Tensor) -> Tensor:
+        """One number per sample [B], without the error direction where that is cheaper."""
+        return self(x0)[1]
+
+
+class FunctionConstraint(Constraint):
+    """Any function x0 [B, ...] -> (e, residual [B])."""
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        self.function = function
+
+    def __call__(self, x0):
+        return self.function(x0)
+
+
+def as_constraint(constraint) -> Constraint | None:
+    """The constraint itself, None, or a function x0 -> (e, residual) as a Constraint. TypeError for anything else."""
+    if constraint is None or isinstance(constraint, Constraint):
+        return constraint
+    if not callable(constraint):
+        raise TypeError(f"constraint is a {type(constraint).__name__}: give a Constraint, a function x0 -> (e, residual), or None")
+    return FunctionConstraint(constraint)
+
+
+class LinearConstraint(Constraint):
     """y = A x0 + sigma_y n with a linear operator A (ldm/operators.py):  e = A^T (y - A x0),  residual = RMS(y - A x0).
 
     y: [B, ...] in A's output space, finite. A sample that measures nothing (mask of zeros) has e = 0 and residual 0.
     """
 
-    def __init__(self, A, y):
+    linear = True
+
+    def __init__(self, A, y: Tensor):
         if not torch.isfinite(y).all():
             raise ValueError(f"y has {int((~torch.isfinite(y)).sum())} values that are NaN or infinite: all must be finite")
         self.A, self.y = A, y
-        self.measured = A.measured(torch.ones_like(y)).flatten(1).sum(1).clamp_min(1)  # [B] values per sample
+        self.count = A.measured(torch.ones_like(y)).flatten(1).sum(1).clamp_min(1)  # [B] measured values per sample
 
     def __call__(self, x0):
-        r = self.residual(x0)
+        r = self.difference(x0)
         return self.A.adjoint(r), self.rms(r)
 
-    def residual(self, x):
-        """r = y - A x."""
-        return self.A.measured(self.y) - self.A(x)
+    def residual(self, x0):
+        return self.rms(self.difference(x0))
 
     def linearised(self, x0):
         """(A, r) at x0."""
-        return self.A, self.residual(x0)
+        return self.A, self.difference(x0)
 
-    def rms(self, r):
+    def difference(self, x: Tensor) -> Tensor:
+        """r = y - A x, of y's shape."""
+        return self.A.measured(self.y) - self.A(x)
+
+    def rms(self, r: Tensor) -> Tensor:
         """Root mean square of r [B, ...] over what is measured. [B]"""
-        return (r.flatten(1).square().sum(1) / self.measured).sqrt()
+        return (r.flatten(1).square().sum(1) / self.count).sqrt()
 
 
 def inpainting(image, mask):
@@ -57,7 +108,7 @@ def latent_inpainting(model, image, mask, whole=False):
 
     image [B, 3, H, W] in [-1, 1], mask [B or 1, 1, H, W], H and W as the model takes them (ldm/inpainting.py: fit). A latent pixel
     is known where all of its pixels are. The encoder sees the hole filled with the smooth continuation of what is around
-    it, since anything else bleeds into the known latents; whole=True: the picture as it is, where that is known.
+    it, since anything else bleeds into the known latents; whole=True: the image as it is, where that is known.
     """
     mask = mask.to(check_image(image))
     Mask(mask)(image)  # its errors of size and values come before those of what the mask shows
@@ -68,23 +119,23 @@ def latent_inpainting(model, image, mask, whole=False):
     return LinearConstraint(A, A(z))
 
 
-class DecodedConstraint:
-    """A measurement of the decoded picture, y = A Dec(x0) + sigma_y n:  e = (dDec/dx0)^T A^T (y - A Dec(x0)), residual as above.
+class DecodedConstraint(Constraint):
+    """A measurement of the decoded image, y = A Dec(x0) + sigma_y n:  e = (dDec/dx0)^T A^T (y - A Dec(x0)), residual as above.
 
-    decode: x0 [B, C, h, w] -> pictures, differentiable; A, y: operator and measurement of pictures. One backward pass through the
+    decode: x0 [B, C, h, w] -> images, differentiable; A, y: operator and measurement of images. One backward pass through the
     decoder (not the denoiser) for each call; `backward_passes` counts them.
     """
 
-    def __init__(self, decode, A, y):
+    through_decoder = True
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], A, y: Tensor):
         self.decode, self.pixels, self.backward_passes = decode, LinearConstraint(A, y), 0
-        self.rms = self.pixels.rms
 
     def __call__(self, x0):
         A, r = self.linearised(x0)
-        return A.adjoint(r), self.rms(r)
+        return A.adjoint(r), self.pixels.rms(r)
 
     def residual(self, x0):
-        """r = y - A Dec(x0): a forward pass of the decoder."""
         return self.pixels.residual(self.decode(x0))
 
     def linearised(self, x0):
@@ -92,7 +143,7 @@ class DecodedConstraint:
         decoder, whose graph lives as long as the operator."""
         with torch.inference_mode(False), torch.enable_grad():
             z = x0.clone().requires_grad_()
-            r = self.residual(z)
+            r = self.pixels.difference(self.decode(z))
         return _Derivative(self, z, r), r.detach()
 
 
@@ -105,7 +156,7 @@ class _Derivative:
     def __call__(self, w):
         s = 0.05 / max_norm(w).clamp_min(1e-30)
         with torch.no_grad():
-            moved = self.constraint.residual(self.z.detach() + s * w)
+            moved = self.constraint.pixels.difference(self.constraint.decode(self.z.detach() + s * w))
             return (self.r.detach() - moved) / s.view(-1, *[1] * (moved.ndim - 1))
 
     def adjoint(self, u):
@@ -113,60 +164,66 @@ class _Derivative:
         return -torch.autograd.grad(self.r, self.z, u.clone(), retain_graph=True)[0]
 
 
-class EncoderConstraint:
+class EncoderConstraint(Constraint):
     """The same measurement without any backward pass, by the encoder's difference (VAE-space Newton):
 
         p = A^+ (y - A x),   e = (Enc(x + h p / |p|_inf) - Enc(x)) |p|_inf / h + retraction (Enc(x) - x0),   x = Dec(x0)
 
-    The second term costs nothing: it draws x0 back to where the encoder would put its picture. Without it (retraction=0), what A
+    The second term costs nothing: it draws x0 back to where the encoder would put its image. Without it (retraction=0), what A
     does not see of x0 drifts away over the steps, as nothing opposes it.
 
-    decode, encode: between x0 [B, C, h, w] and pictures; lift: y-shaped -> picture, instead of the operator's A^+. For each call
+    decode, encode: between x0 [B, C, h, w] and images; lift: y-shaped -> image, instead of the operator's A^+. For each call
     one evaluation of the decoder and two of the encoder.
     """
 
-    backward_passes = 0
+    through_decoder = True
 
-    def __init__(self, decode, encode, A, y, lift=None, h=0.05, retraction=1.0):
+    def __init__(self, decode, encode, A, y: Tensor, lift=None, h: float = 0.05, retraction: float = 1.0):
         self.decode, self.encode, self.pixels, self.h, self.retraction = decode, encode, LinearConstraint(A, y), h, retraction
-        self.lift, self.rms = A.pseudo_inverse if lift is None else lift, self.pixels.rms
+        self.lift = A.pseudo_inverse if lift is None else lift
 
     def __call__(self, x0):
         x = self.decode(x0)
-        r = self.pixels.residual(x)
+        r = self.pixels.difference(x)
         p = self.lift(r)
         moved, here = self.encode(torch.cat([x + self.h * unit(p), x])).chunk(2)
-        return (moved - here) * (max_norm(p) / self.h) + self.retraction * (here - x0), self.rms(r)
+        return (moved - here) * (max_norm(p) / self.h) + self.retraction * (here - x0), self.pixels.rms(r)
 
     def residual(self, x0):
-        """r = y - A Dec(x0), without the encoder."""
         return self.pixels.residual(self.decode(x0))
 
 
-class LossConstraint:
+class LossConstraint(Constraint):
     """Any differentiable loss of x0, one number per sample:  e = - d loss / d x0,  residual = loss(x0).
 
     loss: callable x0 [B, ...] -> [B], in which samples do not mix. ValueError where it gives another shape.
     """
 
-    def __init__(self, loss):
+    def __init__(self, loss: Callable[[Tensor], Tensor]):
         self.loss, self.backward_passes = loss, 0
 
     def __call__(self, x0):
         with torch.inference_mode(False), torch.enable_grad():
             x = x0.clone().requires_grad_()
-            values = self.loss(x)
-            if values.shape != x0.shape[:1]:
-                raise ValueError(
-                    f"loss gives a tensor of shape {list(values.shape)} for {len(x0)} samples: one number for each is needed"
-                )
+            values = self._values(x)
             (gradient,) = torch.autograd.grad(values.sum(), x)
         self.backward_passes += 1
         return -gradient, values.detach()
 
+    def residual(self, x0):
+        return self._values(x0)
+
+    def _values(self, x):
+        values = self.loss(x)
+        if values.shape != x.shape[:1]:
+            raise ValueError(
+                f"loss gives a tensor of shape {list(values.shape)} for {len(x)} samples: one number for each is needed"
+            )
+        return values
+
 
 def gram(tokens):
-    """Gram matrix of features over the places of a picture (Gatys et al. 2016): F^T F / N, tokens F [B, N, C] -> [B, C, C]."""
+    """Gram matrix of features over the places of a image (Gatys et al. 2016): F^T F / N, tokens F [B, N, C] -> [B, C, C]."""
     return tokens.transpose(1, 2) @ tokens / tokens.shape[1]
 
 
@@ -174,16 +231,14 @@ def gram_distance(features, decode, reference):
     """The loss |G(features(decode(x0))) - G(features(reference))|_F, Frobenius norm of the difference of Gram matrices. A function
     x0 [B, ...] -> [B] for LossConstraint: style guidance.
 
-    features: pictures in [-1, 1] -> tokens [B, N, C], such as `ldm.clip.ClipVision`; reference: [B or 1, 3, H, W].
+    features: images in [-1, 1] -> tokens [B, N, C], such as `ldm.clip.ClipVision`; reference: [B or 1, 3, H, W].
     """
     with torch.no_grad():
         wanted = gram(features(check_image(reference, "reference")))
 
     def loss(x0):
         if len(wanted) not in (1, len(x0)):
-            raise ValueError(
-                f"reference has {len(wanted)} pictures, but x0 has {len(x0)} samples: give one for each, or one for all"
-            )
+            raise ValueError(f"reference has {len(wanted)} images, but x0 has {len(x0)} samples: give one for each, or one for all")
         return torch.linalg.matrix_norm(gram(features(decode(x0))) - wanted)
 
     return loss

@@ -1,8 +1,14 @@
 """From a network to the denoised estimate x0 = D(x_t, t), for whatever the network was trained to predict."""
 
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+
 import torch
+from torch import Tensor, nn
 
 from ldm.modules.tiling import tiled
+from ldm.sampling import DenoiserLike
+from ldm.schedules import Schedule
 from ldm.util import memory_advice
 
 # With x_t = alpha x_0 + sigma eps:          x0 from the network's output         what the network is trained to predict
@@ -14,12 +20,31 @@ PREDICTIONS = {
 }  # fmt: skip
 
 
-class Denoiser:
+@contextmanager
+def full_precision():
+    """TF32 off, and as it was afterwards. It is on by default for convolutions on recent GPUs, and takes 13 bits of a float32's
+    mantissa: the difference of two evaluations would be mostly rounding."""
+    rooms = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [room.fp32_precision for room in rooms]
+    try:
+        for room in rooms:
+            room.fp32_precision = "ieee"
+        yield
+    finally:
+        for room, precision in zip(rooms, before, strict=True):
+            room.fp32_precision = precision
+
+
+class Denoiser(DenoiserLike):
     """D(x_t, t) -> x0: a network, the schedule it was trained with, and what it predicts.
 
-    network     callable (x_t [B, ...], t [B]) -> prediction of x_t's shape
+    network     callable (x_t [B, ...], t [B]) -> prediction of x_t's shape: a network, or any function
     schedule    ldm.schedules: the owner of (t, alpha, sigma); samplers read it from here, so that the two cannot disagree
     prediction  "eps", "v", "x0" or "velocity"
+    weights     whose dtype and device D's are: a module, or a model with `dtype` and `device`; None: the network if it is a module,
+                otherwise float32 on the CPU
+    tf32        whether float32 weights may be used in TF32. False by default: exact differences are worth more than its speed. True
+                also turns `jvp` to forward-mode differentiation
 
     Calling it: x_t [B, ...] float tensor, t a time of the schedule (ValueError otherwise); returns x0, same shape and dtype.
     One call is one network evaluation (NFE). MemoryError, saying what to change, where the memory does not suffice.
@@ -27,24 +52,58 @@ class Denoiser:
     What is about machines is set here, by `tile` and `compile`: samplers do not know of it.
     """
 
-    def __init__(self, network, schedule, prediction="eps"):
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        schedule: Schedule,
+        prediction: str = "eps",
+        weights=None,
+        tf32: bool = False,
+    ):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction = {prediction!r}: known are {', '.join(map(repr, PREDICTIONS))}")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
+        self.tf32 = tf32
+        self.weights = network if weights is None and isinstance(network, nn.Module) else weights
         self.tile(None)
 
-    def __call__(self, x_t, t):
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights."""
+        weights = self.weights
+        if isinstance(weights, nn.Module):
+            return next((p.dtype for p in weights.parameters() if p.is_floating_point()), torch.float32)
+        return torch.float32 if weights is None else weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where x_t belongs: the device of the network's weights."""
+        weights = self.weights
+        if isinstance(weights, nn.Module):
+            return next((p.device for p in weights.parameters()), torch.device("cpu"))
+        return torch.device("cpu") if weights is None else torch.device(weights.device)
+
+    @property
+    def arithmetic(self) -> str:
+        """How the network computes, a key of ldm.sampling.ARITHMETIC: what h and mode of Jacobian products follow."""
+        name = str(self.dtype).removeprefix("torch.")
+        return "tf32" if name == "float32" and self.tf32 and self.device.type == "cuda" else name
+
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
         _, alpha, sigma = self.schedule.level(t)
-        with memory_advice(
-            f"x_t of shape {list(x_t.shape)} is too much for the memory of {x_t.device}: take fewer samples at "
-            "once, windows of D.tile(size), or weights of half precision, load_model(..., dtype=torch.bfloat16)"
+        with (
+            nullcontext() if self.tf32 else full_precision(),
+            memory_advice(
+                f"x_t of shape {list(x_t.shape)} is too much for the memory of {x_t.device}: take fewer samples at "
+                "once, windows of D.tile(size), or weights of half precision, load_model(..., dtype=torch.bfloat16)"
+            ),
         ):
             out = self.predict(x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
         return PREDICTIONS[self.prediction][0](out, x_t, alpha, sigma)
 
-    def predict(self, x_t, t):
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What the network predicts at x_t [B, ...] and t [B]; x_t's shape."""
         return self._on_windows(x_t, t)
 
@@ -96,24 +155,25 @@ class LatentDenoiser(Denoiser):
     """D(x_t, t) -> x0 on latents of a LatentDiffusion, for prompts, with classifier-free guidance (Ho & Salimans 2022).
 
     The network's output (eps or v) is out_u + s (out_c - out_u) at any s = `guidance`: one doubled batch per call, but
-    s = 1 (the prompt alone) and s = 0 (the negative prompt alone) take a single one. The paper's w is s = 1 + w.
+    s = 1 (the prompt alone), s = 0 (the negative prompt alone) and equal prompts take a single one. The paper's w is s = 1 + w.
 
     model             ldm.models.diffusion.ddpm.LatentDiffusion with a text encoder
     prompts           a list of strings, one per sample of x_t, or one string for all samples
     guidance          s
-    negative_prompts  likewise; None: empty prompts
+    negative_prompts  likewise; None: empty prompts, or what the model's pipeline takes (zeros for SDXL)
 
     The text is encoded once, here. Calling it: x_t [B, C, h, w] float32, t a time of the schedule -> x0, same shape and
     dtype. Raises ValueError if the number of prompts is neither one nor B.
     """
 
-    def __init__(self, model, prompts, guidance=1.0, negative_prompts=None):
-        super().__init__(model.network, model.schedule, model.parameterization)
-        self.guidance = guidance
+    def __init__(self, model, prompts, guidance: float = 1.0, negative_prompts=None, tf32: bool = False):
+        super().__init__(model.network, model.schedule, model.parameterization, model, tf32)
         # Ordinary tensors even inside torch.inference_mode(), so that forward-mode differentiation may use them.
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = model.encode_prompts(prompts)  # [1 or B, M, context_dim]
-            self.negative_tokens = model.encode_prompts("" if negative_prompts is None else negative_prompts)
+            self.negative_tokens = model.encode_prompts(negative_prompts)
+        same = self.tokens.shape == self.negative_tokens.shape and torch.equal(self.tokens, self.negative_tokens)
+        self.guidance = 1.0 if same else guidance  # the two outputs would be equal: no doubled batch for nothing
 
     def predict(self, x_t, t):
         if self.guidance == 1:

@@ -2,8 +2,8 @@
 
     model = from_diffusers("path or hub name")          # or a pipeline object
     constraint = latent_inpainting(model, image, mask)
-    D = PipelineDenoiser(model, "a mountain lake", guidance=3.0)
-    state = sample(D, constraint, constraint.y.shape, seeds=[0], device=model.device)
+    D = LatentDenoiser(model, "a mountain lake", guidance=3.0)
+    state = sample(D, constraint, constraint.y.shape, seeds=[0])
 
 All constants (betas, prediction type, scaling and shift factors, sample size, time spacing, flow shift) come from the pipeline's
 own configs. The steps are ours, DDIM or Euler (ldm/diffusers_schedules.py). What only the pipelines' own sampling adds (clipping or
@@ -340,11 +340,8 @@ def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, 
     return adapter(pipeline, size, prediction or own)
 
 
-class PipelineDenoiser(LatentDenoiser):
-    """LatentDenoiser with what the pipeline itself takes where no negative prompt is given: zeros for SDXL."""
-
-    def __init__(self, model, prompts, guidance=1.0, negative_prompts=None):
-        super().__init__(model, prompts, guidance, negative_prompts)
-        if negative_prompts is None and isinstance(model, PipelineModel):
-            with torch.inference_mode(False), torch.no_grad():
-                self.negative_tokens = model.encode_prompts(None)
+def __getattr__(name):
+    if name != "PipelineDenoiser":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("ldm.diffusers_models.PipelineDenoiser is now ldm.denoisers.LatentDenoiser", DeprecationWarning, stacklevel=2)
+    return LatentDenoiser

@@ -28,8 +28,6 @@ from ldm.comparison import LABELS, METHODS, Task, intervals, large, operator, ru
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import EXTENSIONS, load_image, save_image
 from ldm.metrics import alexnet_features, lpips_weights
-from ldm.newton_sampler import H, newton_sampler
-from ldm.solver import fast_sampler
 from ldm.table import KEY, markdown, put_row, read_rows
 from ldm.util import atomic_write, resolve_path
 
@@ -111,10 +109,7 @@ class Evaluation(pl.LightningModule):
             raise ValueError(
                 f"method = {method.name} does not apply to task = {task.name} with this model: it takes {method.takes[0]}"
             )
-        sampler, settings = chosen
-        if sampler in (newton_sampler, fast_sampler):
-            settings["h"] = H[PRECISIONS[self.settings.precision] or torch.float32]
-        return sampler, settings
+        return chosen
 
     def check(self):
         """What predict_step would find out, before it: ValueError for a task or method that does not fit."""

@@ -24,12 +24,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ldm.constraints import latent_inpainting
-from ldm.diffusers_models import PipelineDenoiser, from_diffusers
+from ldm.denoisers import LatentDenoiser
+from ldm.diffusers_models import from_diffusers
+from ldm.fast_sampler import fast_sampler
 from ldm.images import on_white, open_image
 from ldm.inpainting import blend
 from ldm.masks import check_mask, read_mask, resize_mask
-from ldm.newton_sampler import H, newton_sampler
-from ldm.solver import fast_sampler
+from ldm.newton_sampler import newton_sampler
 
 METHODS = {"paper": newton_sampler, "fast": fast_sampler}
 
@@ -138,8 +139,8 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             constraint = latent_inpainting(model, picture, mask)
         elif constraint is not None:
             constraint = constraint(model)
-        D = PipelineDenoiser(model, prompt, guidance_scale, negative_prompt)
-        sampler, options = METHODS[method], {"h": H[model.dtype] if h is None else h, "device": device}
+        D = LatentDenoiser(model, prompt, guidance_scale, negative_prompt)
+        sampler, options = METHODS[method], {"h": h, "device": device}
         options |= {"newton_steps": newton_steps, "lr": lr} if method == "paper" else {}
         options |= {} if eta is None else {"eta": eta}
         self._num_timesteps, self._interrupt = num_inference_steps, False

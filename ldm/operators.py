@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.newton_sampler import seeded_noise
+from ldm.sampling import seeded_noise
 
 
 class Operator(ABC):

@@ -5,9 +5,13 @@ computed in float64 and handed out as Python floats, so that neither the weights
 them.
 """
 
+from abc import ABC, abstractmethod
+from bisect import bisect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Level(NamedTuple):
@@ -38,24 +42,72 @@ def make_beta_schedule(schedule, n_timestep, linear_start=1e-4, linear_end=2e-2,
     raise ValueError(f'beta_schedule = {schedule!r}: known are "linear", "sqrt_linear" and "cosine"')
 
 
-class Schedule:
-    """What diffusion and flow schedules share: the step between two levels."""
+class Schedule(ABC):
+    """What diffusion and flow schedules share: the step between two levels, and levels in equal ratios."""
 
-    def step(self, x_t, x0, now, to, eta=0.0, noise=None):
+    resolution = 1000  # levels that `log_levels` chooses from
+
+    @abstractmethod
+    def level(self, t: float) -> Level:
+        """The level at the time t. Raises ValueError where the schedule has no such time."""
+
+    @abstractmethod
+    def levels(self, steps: int) -> list[Level]:
+        """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
+
+    def added_noise(self, now: Level, to: Level, eta: float | str) -> float:
+        """Standard deviation n of the fresh noise in the step from `now` to `to`:
+
+            n = eta (sigma_s / sigma_t) sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2)
+
+        eta = 0 is DDIM (Song et al. 2021, eq. 12) and, for a rectified flow, the Euler step; eta = 1 is ancestral (DDPM) sampling.
+        """
+        if eta == "paper":
+            raise ValueError('eta = "paper" is made of the betas of a diffusion schedule: give a number from 0 to 1 for this one')
+        variance = now.sigma**2 - (now.alpha / to.alpha * to.sigma) ** 2
+        return float(eta) * to.sigma / now.sigma * max(variance, 0.0) ** 0.5
+
+    def step(
+        self,
+        x_t: Tensor,
+        x0: Tensor,
+        now: Level,
+        to: Level,
+        eta: float | str = 0.0,
+        noise: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """From level `now` to level `to`: x_s = alpha_s x0 + sqrt(sigma_s^2 - n^2) eps_hat + n noise.
 
-        eps_hat = (x_t - alpha_t x0) / sigma_t, and n = eta (sigma_s / sigma_t) sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2):
-        eta = 0 is DDIM (Song et al. 2021, eq. 12) and, for a rectified flow, the Euler step; eta = 1 is ancestral (DDPM)
-        sampling. At the clean end the result is x0 itself: no noise is left over.
-
-        x_t, x0 [B, ...]; noise: a function without arguments that draws a tensor of that shape, called only if n > 0.
+        eps_hat = (x_t - alpha_t x0) / sigma_t, and n = added_noise(now, to, eta). At the clean end the result is x0 itself: no
+        noise is left over. x_t, x0 [B, ...]; noise: a function that draws a tensor of that shape, called only if n > 0.
         """
         if to.sigma == 0:
             return x0
         eps_hat = (x_t - now.alpha * x0) / now.sigma
-        n = eta * to.sigma / now.sigma * max(now.sigma**2 - (now.alpha / to.alpha * to.sigma) ** 2, 0.0) ** 0.5
+        n = self.added_noise(now, to, eta)
         x_s = to.alpha * x0 + (to.sigma**2 - n**2) ** 0.5 * eps_hat
-        return x_s + n * noise() if n > 0 else x_s
+        if n == 0:
+            return x_s
+        if noise is None:
+            raise ValueError(f"noise is missing: eta = {eta} needs a function that draws it")
+        return x_s + n * noise()
+
+    def log_levels(self, steps: int, first: float = 20.0, last: float = 0.1) -> list[Level]:
+        """steps + 1 levels: the noisiest, then sigma / alpha from `first` to `last` in equal ratios, then clean.
+
+        Above 20, D is nearly the mean of all images, whatever x_t; below 0.1, nearly x_t itself. Chosen from `resolution` levels.
+        """
+        if int(steps) != steps or not 3 <= steps <= 200:
+            raise ValueError(f"steps = {steps}: give an integer from 3 to 200")
+        *noisy, clean = self.levels(self.resolution)
+        ratios = [level.alpha / level.sigma for level in noisy]  # increasing
+        first, chosen = min(first, 0.8 / max(ratios[0], 1e-3)), [noisy[0]]
+        for i in range(steps - 1):
+            wanted = (last / first) ** (-i / (steps - 2)) / first
+            k = min(bisect(ratios, wanted), len(noisy) - 1)
+            nearer = k and wanted / ratios[k - 1] < ratios[k] / wanted and ratios[k - 1] > 0
+            chosen.append(noisy[k - 1] if nearer else noisy[k])
+        return [*dict.fromkeys(chosen), clean]
 
 
 class DiffusionSchedule(Schedule):
@@ -66,6 +118,7 @@ class DiffusionSchedule(Schedule):
 
     def __init__(self, betas):
         self.alphas_cumprod = torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), dim=0)  # [T]
+        self.resolution = min(len(self), 1000)
 
     def __len__(self):
         return len(self.alphas_cumprod)
@@ -76,6 +129,17 @@ class DiffusionSchedule(Schedule):
             raise ValueError(f"t = {t}: this schedule has the integer times 0 .. {len(self) - 1}")
         abar = self.alphas_cumprod[int(t)].item()
         return Level(int(t), abar**0.5, (1 - abar) ** 0.5)
+
+    def added_noise(self, now: Level, to: Level, eta: float | str) -> float:
+        """As above; eta = "paper": that of the authors' code, n^2 = beta_s sigma_s^2 / sigma_t^2 with the beta of a single training
+        step, although the step from t to s spans many of them. It is small: DDIM with a little noise."""
+        if eta != "paper":
+            return super().added_noise(now, to, eta)
+        if to.t is None:
+            return 0.0
+        abar, s = self.alphas_cumprod, int(to.t)
+        beta = 1 - (abar[s] / abar[s - 1] if s else abar[s]).item()
+        return beta**0.5 * to.sigma / now.sigma
 
     def levels(self, steps, spacing="trailing"):
         """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.sampling import DenoiserLike
 from ldm.schedules import DiffusionSchedule, make_beta_schedule
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ def randomised(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
-class GaussianDenoiser:
+class GaussianDenoiser(DenoiserLike):
     """The exact D for x_0 ~ N(mean, cov): E[x_0 | x_t], with J = dD/dx_t in closed form. Pictures are flattened to vectors."""
 
     def __init__(self, mean, cov, schedule):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from test_fast_sampler import posterior
 from test_newton_sampler import draw, half_mask, known, tiny_unet
-from test_solver import posterior
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint

@@ -14,7 +14,8 @@ from ldm.constraints import inpainting, latent_inpainting
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.diffusers_models import PipelineDenoiser, from_diffusers
 from ldm.inpainting import make_mask
-from ldm.newton_sampler import jvp, sample, seeded_noise
+from ldm.newton_sampler import sample
+from ldm.sampling import jvp, seeded_noise
 from ldm.schedules import CLEAN, DiffusionSchedule, make_beta_schedule
 
 TEXT = [name for name in FAMILIES if name != "pixels"]

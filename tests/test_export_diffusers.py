@@ -14,13 +14,14 @@ from ldm.data.emoji import SHIPPED_STYLES, Emoji, sample_emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.diffusers_models import PipelineDenoiser, PipelineModel, from_diffusers
 from ldm.export_diffusers import autoencoder_state, export, main, text_encoder_state, to_pipeline
+from ldm.fast_sampler import fast_sampler
 from ldm.images import from_uint8
 from ldm.inpainting import blend, make_mask
 from ldm.metrics import psnr
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
-from ldm.newton_sampler import sample, seeded_noise
+from ldm.newton_sampler import sample
 from ldm.operators import Mask
-from ldm.solver import fast_sampler
+from ldm.sampling import seeded_noise
 from ldm.util import instantiate_from_config, load_config
 
 CONFIG = ROOT / "configs/tiny/unet.yaml"

@@ -4,8 +4,8 @@ import foreign
 import pytest
 import torch
 from common import GaussianDenoiser
+from test_fast_sampler import posterior
 from test_newton_sampler import half_mask
-from test_solver import posterior
 
 from ldm.baselines import dps
 from ldm.comparison import EvaluationCounter

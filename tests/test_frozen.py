@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, repaint
 from ldm.constraints import DecodedConstraint, EncoderConstraint, LinearConstraint, LossConstraint
+from ldm.fast_sampler import fast_sampler
 from ldm.newton_sampler import newton_sampler, sample
 from ldm.operators import Mask, downsample, gaussian_blur, measure
 from ldm.schedules import FlowSchedule
-from ldm.solver import fast_sampler
 
 FILE = ROOT / "tests/data/frozen.safetensors"
 SHAPE, SEEDS = (2, 1, 8, 8), [3, 4]
@@ -73,7 +73,7 @@ CASES = {
     "ddnm": lambda: run(ddnm, linear(gaussian_blur((8, 8), 1.0), 0.1), steps=10, sigma_y=0.1),
     "diffpir": lambda: run(diffpir, linear(mask()), steps=10),
     "repaint": lambda: run(repaint, linear(mask()), steps=4),
-    "gradient steps": lambda: run(gradient_steps, linear(mask()), steps=4),
+    "gradient steps": lambda: run(gradient_steps, linear(mask()), steps=4, lr=0.1),
 }
 
 

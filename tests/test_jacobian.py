@@ -8,8 +8,9 @@ from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser, LatentDenoiser
-from ldm.jacobian import Jacobian, arnoldi
-from ldm.newton_sampler import H, seeded_noise
+from ldm.jacobian import Jacobian
+from ldm.linalg import arnoldi
+from ldm.sampling import H, seeded_noise
 
 TIMES = [99, 500, 900]
 

@@ -7,7 +7,8 @@ import torch
 
 from ldm.checkpoints import load_model
 from ldm.denoisers import Denoiser, LatentDenoiser
-from ldm.newton_sampler import jvp, sample
+from ldm.newton_sampler import sample
+from ldm.sampling import jvp
 
 
 class Recorder:

@@ -11,7 +11,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from omegaconf import OmegaConf
 
 from ldm.denoisers import Denoiser, LatentDenoiser
-from ldm.newton_sampler import jvp, newton_sampler
+from ldm.newton_sampler import newton_sampler
+from ldm.sampling import jvp
 from ldm.util import instantiate_from_config
 
 CONFIGS = ROOT / "configs/stable-diffusion"

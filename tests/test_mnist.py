@@ -7,8 +7,9 @@ from ldm.checkpoints import ROOT, SHIPPED, load_model
 from ldm.constraints import LinearConstraint, inpainting
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
-from ldm.newton_sampler import jvp, sample, seeded_noise
+from ldm.newton_sampler import sample
 from ldm.operators import downsample
+from ldm.sampling import jvp, seeded_noise
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from pipelines import build
 from ldm.constraints import DecodedConstraint, latent_inpainting
 from ldm.denoisers import LatentDenoiser
 from ldm.diffusers_models import from_diffusers
+from ldm.fast_sampler import fast_sampler
 from ldm.images import from_uint8
 from ldm.inpainting import blend, make_mask
 from ldm.newton_pipeline import NewtonConstrainedPipeline
-from ldm.newton_sampler import H, sample
+from ldm.newton_sampler import sample
 from ldm.operators import downsample
-from ldm.solver import fast_sampler
+from ldm.sampling import H
 
 PROMPTS = ["a red cat", "two dogs"]
 

@@ -8,9 +8,13 @@ from torch import nn
 import ldm.newton_sampler as newton
 from ldm.constraints import LinearConstraint
 from ldm.denoisers import Denoiser
+from ldm.fast_sampler import fast_sampler
+from ldm.linalg import unit
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.newton_sampler import jvp, newton_sampler, sample, seeded_noise, unit
+from ldm.newton_sampler import PAPER, newton_sampler, sample, step_lengths
 from ldm.operators import Mask, box_average, downsample, gaussian_blur
+from ldm.sampling import jvp, seeded_noise
+from ldm.schedules import CLEAN, FlowSchedule, Level, make_beta_schedule
 
 SHAPE = (8, 1, 8, 8)
 
@@ -204,16 +208,92 @@ def test_the_loop_written_out(gaussian):
     steps, newton_steps, h, eta = 6, 2, 0.005, 0.3
     noise = seeded_noise(SHAPE, range(8))
     x = noise()
-    for i, (now, to) in enumerate(pairwise(gaussian.schedule.levels(steps))):
-        lr = 0.5 + (0.1 - 0.5) * i / (steps - 1)
+    for now, to in pairwise(gaussian.schedule.levels(steps)):
         x0 = gaussian(x, now.t)
-        for _ in range(newton_steps):
+        for lr in (0.5, 0.1):
             e, residual = constraint(x0)
             x = x + lr * unit(jvp(gaussian, x, now.t, e, x0, h))
             x0 = gaussian(x, now.t)
         x = gaussian.schedule.step(x, x0, now, to, eta, noise)
     state = sample(gaussian, constraint, SHAPE, range(8), steps, newton_steps, (0.5, 0.1), h, eta)
     assert torch.allclose(x, state.x_t, atol=1e-5)
+
+
+def test_lr_is_a_number_a_pair_over_the_inner_steps_or_a_list():
+    assert step_lengths((0.5, 0.1), 5) == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])  # the paper's, the same at every t
+    assert step_lengths(0.1, 10) == [0.1] * 10 and step_lengths([0.3, 0.2, 0.7], 3) == [0.3, 0.2, 0.7]
+    assert step_lengths((0.5, 0.1), 2) == [0.5, 0.1] and step_lengths((0.5, 0.1), 1) == [0.5] and step_lengths((0.5, 0.1), 0) == []
+
+
+def test_the_paper_s_noise(schedule):
+    """beta_s (1 - abar_s) / (1 - abar_t), with the beta of one training step, from the betas themselves."""
+    betas = make_beta_schedule("sqrt_linear", 1000)
+    now, to = schedule.level(499), schedule.level(449)
+    variance = betas[449].item() * to.sigma**2 / now.sigma**2
+    assert schedule.added_noise(now, to, "paper") == pytest.approx(variance**0.5, rel=1e-9)
+    assert 0 < schedule.added_noise(now, to, "paper") < 0.3 * schedule.added_noise(now, to, 1.0)
+    flow = FlowSchedule()
+    with pytest.raises(ValueError, match="paper"):
+        flow.added_noise(flow.level(0.5), flow.level(0.4), "paper")
+
+
+def test_the_published_algorithm(gaussian):
+    """Algorithm 1 with the authors' settings, transcribed in the symbols of its paper (abar, eps), in float64 to 1e-6."""
+    abar, mask = gaussian.schedule.alphas_cumprod, half_mask().double()
+    y = mask * draw(gaussian, 2).double()
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    z = lambda: torch.stack([torch.randn(1, 8, 8, generator=g, dtype=torch.float64) for g in generators])  # noqa: E731
+    x, times = z(), [999 - 50 * i for i in range(20)]
+    for t, s in pairwise([*times, None]):
+        for lr in (0.5, 0.4, 0.3, 0.2, 0.1):
+            x0 = gaussian(x, t)
+            e = mask * (y - x0)
+            Je = gaussian(x + 0.005 * e / e.abs().amax((1, 2, 3), keepdim=True), t) - x0
+            x = x + lr * Je / Je.abs().amax((1, 2, 3), keepdim=True)
+        x0 = gaussian(x, t)
+        if s is None:
+            break
+        eps = (x - abar[t] ** 0.5 * x0) / (1 - abar[t]) ** 0.5
+        variance = (1 - abar[s] / abar[s - 1]) * (1 - abar[s]) / (1 - abar[t])
+        x = abar[s] ** 0.5 * x0 + (1 - abar[s] - variance) ** 0.5 * eps + variance**0.5 * z()
+    state = sample(gaussian, known(y, mask), x.shape, (5, 6), dtype=torch.float64, **PAPER["inpainting"])
+    assert state.nfe == 220 and (state.x_t - x0).abs().max() < 1e-6
+
+
+def test_an_x_t_that_is_sent_in_is_where_the_sampler_goes_on(gaussian):
+    run = lambda **start: newton_sampler(gaussian, known(draw(gaussian, 8), half_mask()), SHAPE, range(8), 4, 1, **start)  # noqa: E731
+    sent, alone = run(), run()
+    next(sent), next(alone)
+    x_t = torch.zeros(SHAPE)
+    state = sent.send(x_t)
+    assert not torch.equal(state.x0, next(alone).x0)
+    assert torch.equal(state.x0, next(run(start=(x_t, gaussian.schedule.levels(4)[1]))).x0)
+
+
+@pytest.mark.parametrize("sampler, settings", [(newton_sampler, dict(newton_steps=2)), (fast_sampler, dict(eta=0.0, late=0.0))])
+def test_a_run_that_begins_at_a_saved_state_ends_as_the_whole_run(gaussian, sampler, settings):
+    constraint, levels = known(draw(gaussian, 8), half_mask()), gaussian.schedule.levels(6)
+    run = lambda **start: list(sampler(gaussian, constraint, SHAPE, range(8), levels=levels, **settings, **start))  # noqa: E731
+    whole = run()
+    rest = run(start=(whole[2].x_t, levels[3]))
+    assert len(rest) == 3 and torch.equal(rest[-1].x_t, whole[-1].x_t)
+    assert rest[0].step == 1 and rest[0].t == levels[3].t
+    with pytest.raises(ValueError, match="start has an x_t of shape"):
+        run(start=(whole[0].x_t[:2], levels[3]))
+    with pytest.raises(ValueError, match="start is at"):
+        run(start=(whole[0].x_t, Level(400, 0.5, 0.5)))
+
+
+def test_noise_from_elsewhere(gaussian):
+    a = sample(gaussian, None, SHAPE, noise=seeded_noise(SHAPE, range(8)), steps=3, eta=1.0)
+    assert torch.equal(a.x_t, sample(gaussian, None, SHAPE, range(8), 3, eta=1.0).x_t)
+    with pytest.raises(ValueError, match="seeds and noise"):
+        newton_sampler(gaussian, None, SHAPE, range(8), noise=torch.randn)
+
+
+def test_a_function_is_no_denoiser_until_it_has_a_schedule():
+    with pytest.raises(TypeError, match="Denoiser"):
+        newton_sampler(lambda x, t: x, None, SHAPE, range(8), levels=[CLEAN, CLEAN])
 
 
 def test_the_result_is_the_last_x0(gaussian):
@@ -243,8 +323,9 @@ def test_nan_never_leaves_silently(gaussian, schedule):
 
 @pytest.mark.parametrize("argument, value, message", [
     ("steps", 0, "steps = 0"), ("steps", -3, "steps = -3"), ("steps", 1001, "1 to 1000"), ("steps", 2.5, "steps = 2.5"),
-    ("newton_steps", -1, "newton_steps = -1"), ("lr", 0, "lr = 0"), ("lr", (0.5, -1), "lr = -1"), ("h", 0.0, "h = 0.0"),
-    ("eta", 1.5, "eta = 1.5"), ("mode", "backward", "'backward'"), ("seeds", [1, 2], "2 entries"),
+    ("newton_steps", -1, "newton_steps = -1"), ("lr", 0, "lr = 0"), ("lr", (0.5, -1), r"lr = \(0.5, -1\)"), ("h", 0.0, "h = 0.0"),
+    ("eta", 1.5, "eta = 1.5"), ("mode", "backward", "'backward'"), ("seeds", [1, 2], "2 entries"), ("lr", [0.1] * 3, "3 entries"),
+    ("seeds", None, "seeds and noise"), ("levels", [CLEAN], "two or more"), ("eta", "theirs", "theirs"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_any_evaluation(gaussian, argument, value, message):
     arguments = {"seeds": range(8), argument: value}
@@ -253,7 +334,5 @@ def test_wrong_arguments_are_refused_before_any_evaluation(gaussian, argument, v
     assert gaussian.calls == 0
 
 
-def test_the_sampler_stands_alone():
-    source = inspect.getsource(newton)
-    assert "import ldm" not in source and "from ldm" not in source
-    assert len(source.splitlines()) <= 200
+def test_the_sampler_fits_on_one_page():
+    assert len(inspect.getsource(newton).splitlines()) <= 100

@@ -13,8 +13,10 @@ from common import ROOT
 from PIL import Image
 
 from ldm.constraints import LinearConstraint
-from ldm.newton_sampler import max_norm, sample, seeded_noise, unit
+from ldm.linalg import max_norm, unit
+from ldm.newton_sampler import sample
 from ldm.operators import Mask
+from ldm.sampling import seeded_noise
 from ldm.util import instantiate_from_config, load_config
 from ldm.weights import save_weights
 

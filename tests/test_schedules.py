@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.denoisers import PREDICTIONS, Denoiser
-from ldm.newton_sampler import seeded_noise
+from ldm.sampling import seeded_noise
 from ldm.schedules import CLEAN, DiffusionSchedule, FlowSchedule, make_beta_schedule
 
 NAMES = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # ours (published configs') -> diffusers'

@@ -10,9 +10,10 @@ from ldm.checkpoints import load_model
 from ldm.constraints import latent_inpainting
 from ldm.data.emoji import sample_emoji
 from ldm.denoisers import Denoiser, LatentDenoiser
+from ldm.fast_sampler import fast_sampler
 from ldm.inpainting import make_mask
-from ldm.newton_sampler import H, jvp, newton_sampler, sample
-from ldm.solver import fast_sampler
+from ldm.newton_sampler import newton_sampler, sample
+from ldm.sampling import H, jvp
 
 PROMPTS = ["hedgehog", "penguin"]
 SHAPE = (2, 4, 16, 16)

@@ -13,7 +13,8 @@ from ldm.data.emoji import held_out_names, sample_emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import psnr, ssim
-from ldm.newton_sampler import H, newton_sampler, sample
+from ldm.newton_sampler import newton_sampler, sample
+from ldm.sampling import H
 from ldm.schedules import FlowSchedule
 
 FOLDER = ROOT / "checkpoints/tiny"

@@ -1,0 +1,204 @@
+"""A faster solver for the same problem: 43 evaluations of D instead of the paper's 220, forward passes only.
+
+For the ideal denoiser, V = gamma J with gamma = sigma_t^2 / alpha_t is the covariance of x_0 given x_t (Tweedie's second order;
+Rozet et al. 2024 use it with J^T). Given y = A x_0 + sigma_y n, the mean of x_0 then moves from D(x_t, t) by
+
+    d = V A^T lambda,   (sigma_y^2 I + A V A^T) lambda = r = y - A D(x_t, t)                                             (*)
+
+The direction for one vector, J A^T r, is the paper's; its length here is exact, and known from products already computed.
+"""
+
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ldm.constraints import Constraint, as_constraint
+from ldm.linalg import gcr, max_norm, shortened
+from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, jvp
+from ldm.schedules import Level, Schedule
+
+INNER = 10  # vectors where J is left out: they cost no evaluation of D. One is exact for masks, ten are for down-sampling
+TRUST = 1.0  # largest |d|_inf of a step, where the constraint is not linear
+
+
+class Products(Common, total=False):
+    """Keyword arguments of `jvp` next to those that every sampler takes."""
+
+    h: float | None  # finite-difference length, in units of x_t; None: by D's arithmetic
+    mode: str | None  # "difference" or "forward-ad"; None: by D's arithmetic
+
+
+class Settings(NamedTuple):
+    """The numbers that the steps below share; see `fast_sampler`."""
+
+    vectors: int
+    strength: float
+    late: float
+    sigma_y: float
+    eta: float | str
+    fresh: float
+    h: float | None
+    mode: str | None
+
+
+def fast_sampler(
+    D: DenoiserLike,
+    constraint: Constraint | None,
+    shape: Sequence[int],                # [B, C, H, W] of x_t
+    seeds: Sequence[int] | None = None,  # one integer per sample
+    steps: int = 24,                     # diffusion steps
+    vectors: int = 1,                    # products with J at each of them, where J is used
+    strength: float | None = None,       # of the push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
+    late: float = 0.3,                   # J is left out where sigma_t / alpha_t is below this, and in the last step
+    sigma_y: float = 0.0,                # standard deviation of the measurement's noise
+    eta: float | str = 0.5,              # noise of the DDIM step where J is used: 0 none, 1 ancestral
+    fresh: float = 0.85,                 # part of x_s's noise that is drawn anew where J is left out
+    **common: Unpack[Products],          # levels (default: log-spaced), noise, start, device, dtype, h, mode
+) -> States:  # fmt: skip
+    """One correction per diffusion step, as a generator of `State` with the contract of `newton_sampler`:
+
+        x0 = D(x_t, t);  d by (*) from `vectors` products with J
+        x_s = DDIM step from (x_t, x0) + strength alpha_s d;  x0 <- x0 + d
+
+    1 + vectors evaluations of D at each step, and one where J is left out (sigma_t / alpha_t < late). notebooks/fast_sampler.md
+    explains the steps and the defaults.
+
+    A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along
+    w = V e that of A w; sigma_y must be 0 then. `constraint=None` samples without one (`steps` evaluations). Raises ValueError for
+    wrong arguments at once, and FloatingPointError at the end if an x0 was not finite: nothing waits for a tensor's values before.
+    """
+    strength = min(2.3, 55 / steps) if strength is None else strength
+    levels, h, mode = common.pop("levels", None), common.pop("h", None), common.pop("mode", None)
+    settings = Settings(vectors, strength, late, sigma_y, eta, fresh, h, mode)
+    constraint = as_constraint(constraint)
+    _check(settings, constraint)
+    run = begin(D, shape, seeds, levels or D.schedule.log_levels(steps), **common)
+    return _fast_sampler(run, constraint, settings)
+
+
+@torch.inference_mode()
+def _fast_sampler(run: Run, constraint: Constraint | None, s: Settings):
+    D, levels, noise, x_t = run
+    total = x_t.new_zeros(())
+    for i, (now, to) in enumerate(pairwise(levels), start=1):
+        x0 = D(x_t, now.t)
+        if constraint is None:
+            x_t = D.schedule.step(x_t, x0, now, to, s.eta, noise)
+        elif uses_J(now, to, s.late):
+            x_t, x0 = step_with_J(D, constraint, x_t, x0, now, to, noise, s)
+        elif s.sigma_y == 0:
+            x_t, x0 = step_without_J(constraint, x_t, x0, now, to, noise, s)
+        else:
+            x_t, x0 = step_with_noise(constraint, x_t, x0, now, to, noise, s)
+        total = total + x0.sum()  # NaN and infinity stay in a sum
+        if to.sigma == 0:
+            check_finite(total, now.t)
+        sent = yield State(i, now.t, x_t, x0, None if constraint is None else constraint.residual(x0), D.calls)
+        x_t = x_t if sent is None else sent
+
+
+# ---- the three kinds of steps: from x_t at `now` to x_s at `to`, and the x0 that goes with it
+
+
+def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
+    """V = gamma J. The push on x_t is `strength` times d, since D answers a move alpha d by alpha J d: little at high noise."""
+    gamma = now.sigma**2 / max(now.alpha, 1e-3)  # a flow starts at alpha = 0
+    V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode)  # noqa: E731
+    d = correction(constraint, x0, V, s.vectors, s.sigma_y)
+    return D.schedule.step(x_t, x0, now, to, s.eta, noise) + to.alpha * s.strength * d, x0 + d
+
+
+def step_without_J(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
+    """V = I, exact y. Most of the noise is drawn anew (DDRM, Kawar et al., NeurIPS 2022), so that D mends what corrections left:
+
+    x_s = alpha_s (x0 + d) + sigma_s (sqrt(1 - fresh^2) eps + fresh n),   eps = (x_t - alpha_t D(x_t, t)) / sigma_t
+    """
+    eps = (x_t - now.alpha * x0) / now.sigma
+    x0 = x0 + correction(constraint, x0, lambda v: v, INNER if constraint.linear else 1)
+    if to.sigma == 0:
+        return x0, x0
+    return to.alpha * x0 + to.sigma * ((1 - s.fresh**2) ** 0.5 * eps + s.fresh * noise()), x0
+
+
+def step_with_noise(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
+    """V = v I, v = (sigma_s / alpha_s)^2, y with noise: that of d counts as a part of x_s's own, so that D removes both.
+
+        d = K (y - A (x0 + sqrt(v) n')),   K = V A^T (sigma_y^2 I + A V A^T)^-1,   n' normal, correlation with n 1 / (2 fresh)
+
+    Where A has the singular value q, with w = v q^2 / (v q^2 + sigma_y^2), the variances add up to v: v (1 - w + w^2) from eps, n
+    and n', v (w - w^2) from y. x0 stays D's estimate, in the last step too.
+    """
+    if to.sigma == 0:
+        return x0, x0
+    eps, std, c = (x_t - now.alpha * x0) / now.sigma, to.sigma / to.alpha, 0.5 / s.fresh
+    n = noise()
+    shift = std * (c * n + (1 - c**2) ** 0.5 * noise())
+    d = correction(constraint, x0, lambda v: std**2 * v, INNER if constraint.linear else 1, s.sigma_y, shift)
+    return to.alpha * (x0 + d) + to.sigma * ((1 - s.fresh**2) ** 0.5 * eps + s.fresh * n), x0
+
+
+def correction(
+    constraint: Constraint,
+    x0: Tensor,
+    V: Callable[[Tensor], Tensor],
+    vectors: int,
+    sigma_y: float = 0.0,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """d of (*), with A linearised at x0; V a function v -> V v. With shift, r is that of x0 + shift."""
+    if constraint.linearised is not None:
+        A, r = constraint.linearised(x0)
+        r = r if shift is None else r - A(shift)
+
+        def product(u):
+            w = V(A.adjoint(u))
+            return w, A(w)
+
+    else:
+        r, _ = constraint(x0)
+
+        def product(u):
+            w = V(u)
+            length = 0.1 / max_norm(w).clamp_min(1e-30)
+            return w, (r - constraint(x0 + length * w)[0]) / length
+
+    d, _ = gcr(r, product, vectors, sigma_y**2)
+    return d if constraint.linear else shortened(d, TRUST)
+
+
+def uses_J(now: Level, to: Level, late: float) -> bool:
+    """Whether the step from `now` to `to` uses J."""
+    return to.sigma > 0 and now.sigma >= late * now.alpha
+
+
+def steps_for(evaluations: int, schedule: Schedule, vectors: int = 1, late: float = 0.3) -> int:
+    """The most diffusion steps, at most 200, that `fast_sampler` takes with so many evaluations of D. ValueError if none."""
+
+    def cost(steps):
+        return steps + vectors * sum(uses_J(now, to, late) for now, to in pairwise(schedule.log_levels(steps)))
+
+    if cost(3) > evaluations:
+        raise ValueError(f"evaluations = {evaluations}: three diffusion steps take {cost(3)} already")
+    return 2 + bisect(range(3, 201), evaluations, key=cost)
+
+
+def _check(s: Settings, constraint: Constraint | None) -> None:
+    if int(s.vectors) != s.vectors or s.vectors < 1:
+        raise ValueError(f"vectors = {s.vectors}: give an integer >= 1")
+    for name, value in {"late": s.late, "sigma_y": s.sigma_y}.items():
+        if not value >= 0:
+            raise ValueError(f"{name} = {value}: give a number >= 0")
+    if not s.strength > 0:
+        raise ValueError(f"strength = {s.strength}: give a positive number")
+    least = 0.5 if s.sigma_y > 0 else 0
+    if not least <= s.fresh <= 1:
+        raise ValueError(f"fresh = {s.fresh}: give a number from {least} to 1")
+    check_eta(s.eta)
+    check_product(s.h, s.mode)
+    if s.sigma_y > 0 and (constraint is None or constraint.linearised is None):
+        raise ValueError(f"sigma_y = {s.sigma_y}: this constraint has no A to weigh the noise with, give 0")

@@ -1,0 +1,226 @@
+"""What all samplers share: the state they yield, the noise of a seed, Jacobian products, and where a run begins.
+
+A denoiser `D` is a callable (x_t, t) -> x0 that knows its schedule, its arithmetic and its device (`DenoiserLike`). A constraint
+is a callable x0 -> (e, residual), see ldm/constraints.py. All tensors are [B, ...] float32 or float64, and samples never mix.
+"""
+
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm.linalg import max_norm, unit
+from ldm.schedules import Level, Schedule
+
+
+class Arithmetic(NamedTuple):
+    """How a network computes, as far as Jacobian products are concerned."""
+
+    h: float  # length of a finite difference: shorter is closer to the derivative, until rounding, about |x0| eps / h, takes over
+    mode: str  # of `jvp`: in 16 bits a difference drowns in rounding (15 to 40 % of J e), forward-mode differentiation does not
+
+
+ARITHMETIC = {
+    "float64": Arithmetic(0.005, "difference"),
+    "float32": Arithmetic(0.005, "difference"),
+    "tf32": Arithmetic(0.05, "forward-ad"),  # float32 numbers, convolutions and products of 10 bits: the default of recent GPUs
+    "float16": Arithmetic(0.1, "forward-ad"),
+    "bfloat16": Arithmetic(0.3, "forward-ad"),
+}
+
+
+H = {getattr(torch, name): ARITHMETIC[name].h for name in ("float64", "float32", "float16", "bfloat16")}  # its old form
+
+
+@runtime_checkable
+class DenoiserLike(Protocol):
+    """What samplers ask of a denoiser. `ldm.denoisers.Denoiser` makes one of a network, or of any function."""
+
+    schedule: Schedule  # owner of (t, alpha, sigma)
+
+    @property
+    def arithmetic(self) -> str:
+        """A key of ARITHMETIC."""
+        return "float32"
+
+    @property
+    def device(self) -> torch.device:
+        """Where x_t belongs."""
+        return torch.device("cpu")
+
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
+        """x_t [B, ...] at the time t of the schedule -> x0, same shape and dtype. One call is one network evaluation (NFE)."""
+        ...
+
+
+class State(NamedTuple):
+    """Where the sampler is after a diffusion step. The last state's x_t is the result."""
+
+    step: int  # 1 .. steps
+    t: float  # the time that x0 was estimated at
+    x_t: Tensor  # [B, ...], already at the next, lower noise level; equal to x0 after the last step
+    x0: Tensor  # [B, ...] the denoised estimate that this step ended with
+    residual: Tensor | None  # [B] the constraint's residual of x0; None without a constraint
+    nfe: int  # evaluations of D so far, per image
+
+
+States = Generator[State, Tensor | None, None]
+
+
+class CountedDenoiser(DenoiserLike):
+    """D, counting its evaluations in `calls`."""
+
+    def __init__(self, D: DenoiserLike):
+        if not isinstance(D, DenoiserLike):
+            raise TypeError(
+                f"D is a {type(D).__name__} without schedule, arithmetic and device: make a denoiser of a function x_t, t -> x0 by "
+                'ldm.Denoiser(function, schedule, "x0")'
+            )
+        self.D, self.schedule, self.calls = D, D.schedule, 0
+
+    @property
+    def arithmetic(self):
+        return self.D.arithmetic
+
+    @property
+    def device(self):
+        return self.D.device
+
+    def __call__(self, x_t, t):
+        self.calls += 1
+        return self.D(x_t, t)
+
+
+# ---- Jacobian products
+
+
+def jvp(
+    D: DenoiserLike,
+    x_t: Tensor,
+    t: float,
+    v: Tensor,
+    x0: Tensor | None = None,
+    h: float | None = None,
+    mode: str | None = None,
+) -> Tensor:
+    """J v, J = dD/dx_t at (x_t, t), for v [B, ...] of x_t's shape. Returns J v, same shape.
+
+    "difference": (D(x_t + h v / |v|_inf) - D(x_t)) |v|_inf / h, one evaluation of D besides x0 = D(x_t, t), which is evaluated
+                  too unless given. The rounding error grows as 1/h, the truncation error as h.
+    "forward-ad": exact, by forward-mode differentiation (torch.func.jvp); one evaluation of D at two to three times its cost.
+                  Attention runs by its plain formula meanwhile, the fused kernels have no forward derivative.
+    h and mode follow the arithmetic of D where they are None. No backward graph is recorded in either mode.
+    """
+    if h is None or mode is None:
+        default = ARITHMETIC[D.arithmetic]
+        h, mode = default.h if h is None else h, default.mode if mode is None else mode
+    if mode == "difference":
+        x0 = D(x_t, t) if x0 is None else x0
+        return (D(x_t + h * unit(v), t) - x0) * (max_norm(v) / h)
+    if mode == "forward-ad":
+        # Inference tensors cannot carry tangents, so copies are differentiated.
+        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda x: D(x, t), (x_t.clone(),), (v.clone(),))[1]
+    raise ValueError(f'mode = {mode!r}: known are "difference" and "forward-ad"')
+
+
+# ---- where a run begins
+
+
+def seeded_noise(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], Tensor]:
+    """A function that draws standard normal noise [B, ...] of `shape`, sample i from its own generator with seeds[i].
+
+    Drawn on the CPU, so that a seed means the same image alone, in any batch and on any device.
+    """
+    if len(seeds) != shape[0]:
+        raise ValueError(f"seeds has {len(seeds)} entries, but the batch has {shape[0]} samples: give one seed per sample")
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def draw() -> Tensor:
+        noise = torch.stack([torch.randn(*shape[1:], generator=g, dtype=dtype) for g in generators])
+        return noise.to(device, non_blocking=torch.device(device).type == "cuda")  # sent without waiting for the GPU
+
+    return draw
+
+
+class Common(TypedDict, total=False):
+    """Keyword arguments that every sampler takes."""
+
+    levels: Sequence[Level]  # noise levels to visit, noisy to clean, instead of those that follow from `steps`
+    noise: Callable[[], Tensor]  # draws [B, ...] of `shape`, instead of `seeds`: for noise from elsewhere
+    start: tuple[Tensor, Level]  # begin in the middle, at this x_t and its noise level, with the levels below it
+    device: str | torch.device  # of x_t; default: D's
+    dtype: torch.dtype  # of x_t; default: float32
+
+
+class Run(NamedTuple):
+    """What a sampler begins with."""
+
+    D: CountedDenoiser
+    levels: list[Level]
+    noise: Callable[[], Tensor]
+    x_t: Tensor
+
+
+def begin(
+    D: DenoiserLike,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    levels: Sequence[Level],
+    *,
+    noise: Callable[[], Tensor] | None = None,
+    start: tuple[Tensor, Level] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Run:
+    """The counting D, the levels to visit, the noise and the first x_t of a run; ValueError or TypeError for what does not fit."""
+    counted, levels = CountedDenoiser(D), list(levels)
+    if callable(seeds):
+        warnings.warn("seeds is a function: give it as noise=", DeprecationWarning, stacklevel=3)
+        seeds, noise = None, seeds
+    if (seeds is None) == (noise is None):
+        raise ValueError("seeds and noise: give one of them, seeds (one integer per sample) or noise (a function that draws it)")
+    if noise is None:
+        noise = seeded_noise(shape, seeds or (), D.device if device is None else device, dtype)
+    if len(levels) < 2 or any(b.sigma * a.alpha >= a.sigma * b.alpha for a, b in pairwise(levels)):
+        raise ValueError(f"levels has {len(levels)} entries: give two or more, with falling sigma / alpha")
+    if levels[-1].sigma > 0:
+        raise ValueError(f"levels ends at sigma = {levels[-1].sigma:g}: its last entry has to be ldm.schedules.CLEAN")
+    if start is None:
+        return Run(counted, levels, noise, noise())
+    x_t, level = start
+    if tuple(x_t.shape) != tuple(shape):
+        raise ValueError(f"start has an x_t of shape {list(x_t.shape)}, but shape is {list(shape)}: give two of the same shape")
+    if level.t is None or D.schedule.level(level.t) != level:
+        raise ValueError(f"start is at {level}: give a level of D's schedule, such as D.schedule.level(t)")
+    below = [to for to in levels if to.sigma * level.alpha < level.sigma * to.alpha]
+    return Run(counted, [level, *below], noise, x_t.clone())
+
+
+def check_eta(eta: float | str) -> None:
+    """ValueError unless eta is "paper" or a number from 0 to 1."""
+    if eta != "paper" and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
+        raise ValueError(f'eta = {eta!r}: give a number from 0 (DDIM) to 1 (ancestral), or "paper"')
+
+
+def check_product(h: float | None, mode: str | None) -> None:
+    """ValueError unless h and mode are those of `jvp`."""
+    if h is not None and not h > 0:
+        raise ValueError(f"h = {h}: give a positive number, or None to follow the arithmetic of D")
+    if mode not in (None, "difference", "forward-ad"):
+        raise ValueError(f'mode = {mode!r}: known are "difference" and "forward-ad"; None follows the arithmetic of D')
+
+
+def check_finite(x0: Tensor, t: float | None) -> None:
+    """FloatingPointError where x0 has NaN or infinity."""
+    if not torch.isfinite(x0).all():
+        raise FloatingPointError(f"x0 is not finite at t = {t}: take smaller steps, or run the network in float32")
