@@ -22,13 +22,13 @@ if TYPE_CHECKING:  # the table below once more, for type checkers and editors; a
     from ldm.denoisers import Denoiser as Denoiser
     from ldm.denoisers import LatentDenoiser as LatentDenoiser
     from ldm.diffusers_models import from_diffusers as from_diffusers
+    from ldm.fast_sampler import fast_sampler as fast_sampler
     from ldm.images import load_image as load_image
     from ldm.images import save_image as save_image
     from ldm.inpainting import blend as blend
     from ldm.inpainting import make_mask as make_mask
     from ldm.newton_sampler import newton_sampler as newton_sampler
     from ldm.newton_sampler import sample as sample
-    from ldm.solver import fast_sampler as fast_sampler
     from ldm.util import resolve_device as resolve_device
 
 EXPORTS = {  # name: its module
@@ -36,7 +36,7 @@ EXPORTS = {  # name: its module
     "LatentDenoiser": "denoisers",
     "LinearConstraint": "constraints",
     "blend": "inpainting",
-    "fast_sampler": "solver",
+    "fast_sampler": "fast_sampler",
     "from_diffusers": "diffusers_models",
     "latent_inpainting": "constraints",
     "load_image": "images",

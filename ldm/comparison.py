@@ -19,6 +19,7 @@ from ldm.inpainting import make_mask
 from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
 from ldm.newton_sampler import PAPER, newton_sampler
 from ldm.operators import Mask, downsample, gaussian_blur, measure
+from ldm.sampling import CountedDenoiser
 from ldm.schedules import DiffusionSchedule
 from ldm.table import PER_IMAGE
 
@@ -129,8 +130,8 @@ class Method:
 
 
 def newton_settings(n, task, **changed):
-    """The authors' settings of the paper's loop for the task (ldm.newton_sampler.PAPER; 220 or 420 evaluations). With a lower budget
-    fewer inner steps, then fewer diffusion steps of one inner step each; with a higher one more diffusion steps."""
+    """The authors' settings of the paper's loop for the task (ldm.newton_sampler.PAPER; 220 or 420 evaluations). With a lower
+    budget fewer inner steps, then fewer diffusion steps of one inner step each; with a higher one more diffusion steps."""
     settings = PAPER["inpainting" if isinstance(task.A, Mask) else "super-resolution"] | changed
     most, steps = settings["newton_steps"], settings["steps"]
     inner = max(1, min(most, (n // steps - 1) // 2))
@@ -173,11 +174,12 @@ LABELS = TASKS | {method.name: method.label or method.name for method in METHODS
 # ---- running them
 
 
-class EvaluationCounter:
+class EvaluationCounter(CountedDenoiser):
     """D, counting images x forward and x backward evaluations."""
 
     def __init__(self, D):
-        self.D, self.schedule, self.forward, self.backward = D, D.schedule, 0, 0
+        super().__init__(D)
+        self.forward = self.backward = 0
 
     def __call__(self, x_t, t):
         self.forward += len(x_t)

@@ -170,22 +170,27 @@ class LatentDenoiser(Denoiser):
         super().__init__(model.network, model.schedule, model.parameterization, model, tf32)
         # Ordinary tensors even inside torch.inference_mode(), so that forward-mode differentiation may use them.
         with torch.inference_mode(False), torch.no_grad():
-            self.tokens = model.encode_prompts(prompts)  # [1 or B, M, context_dim]
-            self.negative_tokens = model.encode_prompts(negative_prompts)
-        same = self.tokens.shape == self.negative_tokens.shape and torch.equal(self.tokens, self.negative_tokens)
-        self.guidance = 1.0 if same else guidance  # the two outputs would be equal: no doubled batch for nothing
+            self.condition = self.negative = model.encode_prompts(
+                prompts
+            )  # text: tokens [1 or B, M, context_dim]; classes: labels [.]
+            if guidance != 1:
+                self.negative = model.encode_prompts(negative_prompts)
+        same = self.condition.shape == self.negative.shape and torch.equal(self.condition, self.negative)
+        self.guidance = 1.0 if same else guidance  # equal outputs: no doubled batch for nothing
 
     def predict(self, x_t, t):
         if self.guidance == 1:
-            return self._on_windows(x_t, t, self._per_sample("prompts", self.tokens, x_t))
-        negative = self._per_sample("negative_prompts", self.negative_tokens, x_t)
+            return self._on_windows(x_t, t, self._per_sample("prompts", self.condition, x_t))
+        negative = self._per_sample("negative_prompts", self.negative, x_t)
         if self.guidance == 0:
             return self._on_windows(x_t, t, negative)
-        context = torch.cat([negative, self._per_sample("prompts", self.tokens, x_t)])
-        out_u, out_c = self._on_windows(torch.cat([x_t, x_t]), torch.cat([t, t]), context).chunk(2)
+        condition = torch.cat([negative, self._per_sample("prompts", self.condition, x_t)])
+        out_u, out_c = self._on_windows(torch.cat([x_t, x_t]), torch.cat([t, t]), condition).chunk(2)
         return out_u + self.guidance * (out_c - out_u)
 
-    def _per_sample(self, name, tokens, x_t):
-        if len(tokens) not in (1, len(x_t)):
-            raise ValueError(f"{name} has {len(tokens)} entries, but x_t has {len(x_t)} samples: give one for each, or one for all")
-        return tokens.expand(len(x_t), -1, -1)
+    def _per_sample(self, name, condition, x_t):
+        if len(condition) not in (1, len(x_t)):
+            raise ValueError(
+                f"{name} has {len(condition)} entries, but x_t has {len(x_t)} samples: give one for each, or one for all"
+            )
+        return condition.expand(len(x_t), *condition.shape[1:])

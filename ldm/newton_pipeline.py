@@ -1,13 +1,15 @@
-"""A diffusers pipeline that inpaints by inexact Newton steps, with any text-to-picture model: forward passes only, no training.
+"""A diffusers pipeline that inpaints by inexact Newton steps, with any text-to-image model: forward passes only, no training.
 
     from ldm.newton_pipeline import NewtonConstrainedPipeline
     pipe = NewtonConstrainedPipeline.from_pretrained("path or hub name")
-    picture = pipe("a mountain lake", image=photo, mask_image=mask).images[0]     # white in the mask: to be filled in
+    image = pipe("a mountain lake", image=photo, mask_image=mask).images[0]     # white in the mask: to be filled in
 
 or `DiffusionPipeline.from_pretrained(..., custom_pipeline="ldm/newton_pipeline.py", trust_remote_code=True)`, or around a pipeline
 that is loaded already, `NewtonConstrainedPipeline(**pipe.components)`. The sampler, the constraints and the models' adapters are
 those of this repository, which has to be installed (pip install -e .).
 """
+
+import warnings
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from ldm.inpainting import blend
 from ldm.masks import check_mask, read_mask, resize_mask
 from ldm.newton_sampler import newton_sampler
 
-METHODS = {"paper": newton_sampler, "fast": fast_sampler}
+METHODS = {"newton": newton_sampler, "fast": fast_sampler}
 
 
 class NewtonConstrainedPipeline(DiffusionPipeline):
@@ -99,70 +101,91 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         true_cfg_scale=1.0,             # of Flux: classifier-free guidance s
         negative_prompt=None,
         num_images_per_prompt=1,
-        method="paper",                 # "paper": its loop (ldm.newton_sampler), or "fast": one correction a step (ldm.solver)
-        newton_steps=5,                 # paper: inner steps at each diffusion step, 2 evaluations each; 0 samples freely
-        lr=(0.5, 0.1),                  # paper: their length in |.|_inf, first and last diffusion step, or one number
-        h=None,                         # finite-difference length; None: by the network's dtype
+        method="newton",                # "newton": the paper's loop (ldm.newton_sampler), or "fast": ours (ldm.fast_sampler)
+        newton_steps=5,                 # newton: inner steps at each diffusion step, 2 evaluations each; 0 samples freely
+        lr=(0.5, 0.1),                  # newton: their length in |.|_inf, a number or (first, last) of each diffusion step
+        h=None,                         # finite-difference length; None: by the network's arithmetic
         eta=None,                       # 0: DDIM, 1: ancestral noise; None: the method's own default
         seam="poisson",                 # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
         constraint=None,                # instead of image and mask: a function model -> constraint (ldm/constraints.py)
-        generator=None,                 # one torch.Generator, or a list of one per picture
+        generator=None,                 # one torch.Generator, or a list of one per image
         latents=None,                   # the noise to start from [B, channels, h, w]
         output_type="pil",              # "pil", "np", "pt" or "latent"
         return_dict=True,
         callback_on_step_end=None,      # (pipe, step, t, {"latents": ...}) -> dict, in which other latents may stand
         callback_on_step_end_tensor_inputs=("latents",),
     ):  # fmt: skip
-        """Pictures whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. There is no `strength`:
+        """Images whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. There is no `strength`:
         sampling starts from noise, and the constraint alone holds the known part. ValueError for arguments that do not fit."""
+        if method == "paper":
+            warnings.warn('method = "paper" is now "newton"', DeprecationWarning, stacklevel=2)
+            method = "newton"
         if method not in METHODS:
             raise ValueError(f"method = {method!r}: known are {', '.join(map(repr, METHODS))}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: known are {self._callback_tensor_inputs}")
-        plain, device, picture, mask = self.plain_pipeline(), self._execution_device, None, None
-        if constraint is None and (newton_steps or image is not None):
+        plain, device = self.plain_pipeline(), self._execution_device
+
+        # What is asked for: images, masks and prompts, a row of each for every result.
+        images = masks = None
+        if constraint is not None and (image is not None or mask_image is not None):
+            raise ValueError("constraint was given next to image or mask_image: give either")
+        if constraint is None and (image is not None or newton_steps != 0 or method == "fast"):
             multiple = (model := from_diffusers(plain)).downsampling * model.multiple
-            picture, mask = self.read_inputs(image, mask_image, height, width, multiple)
-            height, width = picture.shape[2:]
-        elif image is not None or mask_image is not None:
-            raise ValueError("constraint was given beside image or mask_image: give either")
+            images, masks = self.read_inputs(image, mask_image, height, width, multiple)
+            height, width = images.shape[2:]
         model = from_diffusers(plain, size=None if None in (height, width) else (height, width))
-        prompt, negative_prompt, picture, mask = self.as_batch(num_images_per_prompt, prompt, negative_prompt, picture, mask)
-        shape = (len(prompt), model.channels, *model.latent_size)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents have shape {list(latents.shape)}: {list(shape)} is needed")
-        if isinstance(generator, list) and len(generator) != len(prompt):
-            raise ValueError(f"generator is a list of {len(generator)}: give one for each of the {len(prompt)} pictures")
+        prompt, negative_prompt, images, masks = self.as_batch(num_images_per_prompt, prompt, negative_prompt, images, masks)
+        noise = self.read_noise((len(prompt), model.channels, *model.latent_size), generator, latents, device)
+
+        # The denoiser and the constraint.
         if isinstance(plain, FluxPipeline):
             model.embedded_guidance, guidance_scale = guidance_scale, true_cfg_scale
-        if picture is not None:
-            constraint = latent_inpainting(model, picture, mask)
+        D = LatentDenoiser(model, prompt, guidance_scale, negative_prompt)
+        if images is not None:
+            constraint = latent_inpainting(model, images, masks)
         elif constraint is not None:
             constraint = constraint(model)
-        D = LatentDenoiser(model, prompt, guidance_scale, negative_prompt)
-        sampler, options = METHODS[method], {"h": h, "device": device}
-        options |= {"newton_steps": newton_steps, "lr": lr} if method == "paper" else {}
-        options |= {} if eta is None else {"eta": eta}
-        self._num_timesteps, self._interrupt = num_inference_steps, False
-        first = [] if latents is None else [latents.to(device, torch.float32)]
 
-        def noise():
-            return first.pop() if first else randn_tensor(shape, generator, device, torch.float32)
+        # The sampler.
+        options = {"h": h} | ({} if eta is None else {"eta": eta})
+        options |= {"newton_steps": newton_steps, "lr": lr} if method == "newton" else {}
+        shape = (len(prompt), model.channels, *model.latent_size)
+        states = METHODS[method](D, constraint, shape, steps=num_inference_steps, noise=noise, device=device, **options)
+        x_t = self.run(states, num_inference_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        results = x_t if output_type == "latent" else self.finish(plain, model.decode(x_t), images, masks, seam, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(results) if return_dict else (results,)
 
-        with self.progress_bar(total=num_inference_steps) as bar:
-            for state in sampler(D, constraint, shape, noise, num_inference_steps, **options):
+    def run(self, states, steps, callback, names):
+        """The sampler's steps, with a progress bar; a callback may change x_t or interrupt. Returns the last x_t."""
+        self._num_timesteps, self._interrupt = steps, False
+        with self.progress_bar(total=steps) as bar:
+            state = next(states, None)
+            while state is not None:
                 x_t = state.x_t
-                if callback_on_step_end is not None:
+                if callback is not None:
                     values = {"latents": x_t, "x0": state.x0}
-                    values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                    values = callback_on_step_end(self, state.step - 1, torch.tensor(state.t), values)
-                    x_t.copy_(values.pop("latents", x_t))  # in place: the sampler goes on from there
+                    values = callback(self, state.step - 1, torch.tensor(state.t), {name: values[name] for name in names})
+                    x_t = values.get("latents", x_t)
                 bar.update()
                 if self.interrupt:
                     break
-        images = x_t if output_type == "latent" else self.finish(plain, model.decode(x_t), picture, mask, seam, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images) if return_dict else (images,)
+                try:
+                    state = states.send(x_t)
+                except StopIteration:
+                    break
+        return x_t
+
+    @staticmethod
+    def read_noise(shape, generator, latents, device):
+        """A function that draws noise of `shape`, the first time `latents` if they were given."""
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}: {list(shape)} is needed")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"generator is a list of {len(generator)}: give one for each of the {shape[0]} images")
+        first = [] if latents is None else [latents.to(device, torch.float32)]
+        return lambda: first.pop() if first else randn_tensor(shape, generator, device, torch.float32)
 
     def read_inputs(self, image, mask_image, height, width, multiple):
         """Images [n, 3, H, W] in -1 .. 1 and masks [m, 1, H, W], 1 where known, with H and W multiples of `multiple`. Files and PIL
@@ -185,9 +208,9 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         return images.to(self._execution_device, torch.float32), known.to(self._execution_device, torch.float32)
 
     @staticmethod
-    def as_batch(each, prompt, negative_prompt, picture, mask):
-        """The four with one row for each result: `each` for each prompt, or for each picture where these are more."""
-        given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": picture, "mask_image": mask}
+    def as_batch(each, prompt, negative_prompt, image, mask):
+        """The four with one row for each result: `each` for each prompt, or for each image where these are more."""
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "mask_image": mask}
         given = {name: [x] if isinstance(x, str) else x for name, x in given.items()}
         for name in ("prompt", "negative_prompt"):
             if not isinstance(given[name], (list, tuple)) and (given[name] is not None or name == "prompt"):
@@ -202,15 +225,15 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
                 given[name] = x.expand(batch, *x.shape[1:]).repeat_interleave(each, 0)
         return given.values()
 
-    def finish(self, plain, images, picture, mask, seam, output_type):
-        """Decoded pictures with the known pixels put back, past the safety checker if there is one, in the form asked for."""
+    def finish(self, plain, images, image, mask, seam, output_type):
+        """Decoded images with the known pixels put back, past the safety checker if there is one, in the form asked for."""
         images = images.clamp(-1, 1)
-        if picture is not None:
-            images = blend(images, picture, mask, **({"poisson": True} if seam == "poisson" else {"feather": seam}))
+        if image is not None:
+            images = blend(images, image, mask, **({"poisson": True} if seam == "poisson" else {"feather": seam}))
         safe = None
         if getattr(plain, "safety_checker", None) is not None:
             images, flagged = plain.run_safety_checker(images, images.device, self.vae.dtype)
-            safe = [not flag for flag in flagged]  # a flagged picture comes back black
+            safe = [not flag for flag in flagged]  # a flagged image comes back black
         return plain.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)
 
 

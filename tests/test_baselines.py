@@ -10,6 +10,7 @@ from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.denoisers import Denoiser
 from ldm.newton_sampler import sample
 from ldm.operators import Mask, box_average, downsample, measure
+from ldm.sampling import DenoiserLike
 
 SHAPE = (8, 1, 8, 8)
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
@@ -43,7 +44,7 @@ def method(request):
     return METHODS[request.param]
 
 
-class Counting:
+class Counting(DenoiserLike):
     """D that counts its forward and backward evaluations."""
 
     def __init__(self, D):

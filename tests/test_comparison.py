@@ -27,13 +27,14 @@ from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
 from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distance, kernel_parts, kid, lpips_weights
 from ldm.operators import Mask
+from ldm.sampling import DenoiserLike
 from ldm.table import COLUMNS, append_row, in_table, read_rows
 
 CPU = torch.device("cpu")
 ALL = METHODS | {name: m for name, m in foreign.OTHERS.items() if name.split("-")[0] not in foreign.MISSING}
 
 
-class Half:
+class Half(DenoiserLike):
     """The simplest D: x0 = x_t / 2."""
 
     def __init__(self, schedule):

@@ -12,7 +12,7 @@ from pipelines import FAMILIES, build, ddim
 
 from ldm.constraints import inpainting, latent_inpainting
 from ldm.denoisers import Denoiser, LatentDenoiser
-from ldm.diffusers_models import PipelineDenoiser, from_diffusers
+from ldm.diffusers_models import from_diffusers
 from ldm.inpainting import make_mask
 from ldm.newton_sampler import sample
 from ldm.sampling import jvp, seeded_noise
@@ -32,7 +32,7 @@ def pipelines():
 def denoiser(model, guidance=2.5, negative_prompts=None):
     if type(model).__name__ == "Pixels":
         return Denoiser(model.network, model.schedule, model.parameterization)
-    return PipelineDenoiser(model, PROMPTS, guidance, negative_prompts)
+    return LatentDenoiser(model, PROMPTS, guidance, negative_prompts)
 
 
 def own_images(family, pipe, steps, x, guidance=2.5, negative_prompts=None):
@@ -130,7 +130,7 @@ def test_negative_prompts_and_guidance(family, pipelines):
     theirs = own_images(family, pipe, 3, x, 4.0, negative).clamp(0, 1)
     assert ((model.decode(state.x_t) / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 1e-4
     if family != "sdxl":  # where no negative prompt is not an empty one
-        assert torch.equal(LatentDenoiser(model, PROMPTS, 4.0).negative_tokens, model.encode_prompts(None))
+        assert torch.equal(LatentDenoiser(model, PROMPTS, 4.0).negative, model.encode_prompts(None))
 
 
 @pytest.mark.parametrize("family", TEXT)
@@ -146,7 +146,7 @@ def test_constrained_alone_and_in_a_batch(family, pipelines):
     assert state.nfe == 3 * 3 and torch.isfinite(state.x_t).all()
     assert not torch.allclose(state.x_t, free.x_t, atol=1e-2)
     constraint = latent_inpainting(model, images[1:], mask)
-    alone = sample(PipelineDenoiser(model, PROMPTS[1], 2.5), constraint, constraint.y.shape, [6], **options)
+    alone = sample(LatentDenoiser(model, PROMPTS[1], 2.5), constraint, constraint.y.shape, [6], **options)
     torch.testing.assert_close(alone.x_t[0], state.x_t[1], atol=1e-3, rtol=1e-3)
 
 
@@ -221,9 +221,9 @@ def test_sizes_come_from_the_configs_and_the_dynamic_shift_from_the_size(pipelin
     small, large = (from_diffusers(pipe, size=(n, n)) for n in (16, 128))
     assert small.schedule.levels(4)[2].sigma < large.schedule.levels(4)[2].sigma  # more noise for larger pictures
     with pytest.raises(ValueError, match=r"x_t has the size \[8, 8\], but the noise levels .* for \[64, 64\]"):
-        sample(PipelineDenoiser(large, "a cat"), None, (1, 4, 8, 8), [0])
+        sample(LatentDenoiser(large, "a cat"), None, (1, 4, 8, 8), [0])
     other = from_diffusers(pipelines["sd"][0], size=(32, 24))  # without a dynamic shift any size goes
-    assert sample(PipelineDenoiser(other, "a cat"), None, (1, 4, 8, 12), [0], steps=1).x_t.shape == (1, 4, 8, 12)
+    assert sample(LatentDenoiser(other, "a cat"), None, (1, 4, 8, 12), [0], steps=1).x_t.shape == (1, 4, 8, 12)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
@@ -332,9 +332,9 @@ def test_wrong_arguments_are_one_sentence(pipelines):
     with pytest.raises(ValueError, match=r"images have shape \[1, 3, 15, 16\]"):
         model.encode(torch.zeros(1, 3, 15, 16))
     with pytest.raises(ValueError, match="prompts = 3: give a string"):
-        PipelineDenoiser(model, 3)
+        LatentDenoiser(model, 3)
     with pytest.raises(ValueError, match="prompts has 2 entries, but x_t has 3 samples"):
-        PipelineDenoiser(model, PROMPTS)(torch.zeros(3, 4, 8, 8), 500)
+        LatentDenoiser(model, PROMPTS)(torch.zeros(3, 4, 8, 8), 500)
     for steps in (0, 2.5, 1001):
         with pytest.raises(ValueError, match="steps = "):
             model.schedule.levels(steps)

@@ -12,7 +12,7 @@ from ldm.checkpoints import load_model
 from ldm.constraints import DecodedConstraint, EncoderConstraint, latent_inpainting
 from ldm.data.emoji import SHIPPED_STYLES, Emoji, sample_emoji
 from ldm.denoisers import LatentDenoiser
-from ldm.diffusers_models import PipelineDenoiser, PipelineModel, from_diffusers
+from ldm.diffusers_models import PipelineModel, from_diffusers
 from ldm.export_diffusers import autoencoder_state, export, main, text_encoder_state, to_pipeline
 from ldm.fast_sampler import fast_sampler
 from ldm.images import from_uint8
@@ -80,7 +80,7 @@ def test_the_same_inpainting(both):
     mask, results = make_mask("right", (64, 64)), []
     for model in (ours, from_diffusers(pipe)):
         constraint = latent_inpainting(model, images, mask)
-        D = PipelineDenoiser(model, captions, 3.0, "")
+        D = LatentDenoiser(model, captions, 3.0, "")
         state = sample(D, constraint, constraint.y.shape, [0, 1], steps=2, newton_steps=1, h=0.05)
         results.append(blend(ours.decode(state.x_t).clamp(-1, 1), images, mask))
     assert torch.equal(results[0][..., :32], images[..., :32]) and torch.equal(results[1][..., :32], images[..., :32])

@@ -10,12 +10,12 @@ from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.jacobian import Jacobian
 from ldm.linalg import arnoldi
-from ldm.sampling import H, seeded_noise
+from ldm.sampling import DenoiserLike, H, seeded_noise
 
 TIMES = [99, 500, 900]
 
 
-class MixtureDenoiser:
+class MixtureDenoiser(DenoiserLike):
     """The exact D for x_0 ~ sum_k w_k N(m_k, C_k), curved; its J is (alpha / sigma^2) Cov[x_0 | x_t] (Tweedie)."""
 
     def __init__(self, schedule, n=16, components=3):

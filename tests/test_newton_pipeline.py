@@ -275,7 +275,7 @@ def test_wrong_arguments_are_one_sentence(pipe, picture, mask):
         (dict(image=picture, mask_image=mask, newton_steps=-1), "newton_steps = -1"),
         (dict(image=picture, mask_image=mask, lr=0.0), "lr = 0.0"), (dict(image=picture, mask_image=mask, h=0.0), "h = 0.0"),
         (dict(image=picture, mask_image=mask, eta=2), "eta = 2"),
-        (dict(image=picture, mask_image=mask, method="newton"), "method = 'newton': known are 'paper', 'fast'"),
+        (dict(image=picture, mask_image=mask, method="ddim"), "method = 'ddim': known are 'newton', 'fast'"),
         (dict(image=picture, mask_image=mask, prompt=3), "prompt = 3: give a string"),
         (dict(), "image is missing: give image and mask_image, or constraint"),
         (dict(image=picture, mask_image=mask, callback_on_step_end_tensor_inputs=["noise"]), "tensor_inputs has"),

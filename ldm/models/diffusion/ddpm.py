@@ -173,13 +173,9 @@ class LatentDiffusion(DDPM):
         return self.first_stage_model.decode(z / float(self.scale_factor))
 
     def encode_prompts(self, prompts):
-<<<<<<< HEAD
         """The condition of the network, from a string or a list of B strings, "" being the empty prompt (text), from class labels
         (`class_labels`), or from images [B, C, H, W] (concat). None is the empty prompt."""
         prompts = "" if prompts is None else prompts
-=======
-        """A string or a list of B strings, None as "" -> tokens [B, M, context_dim], the U-Net's `context`."""
->>>>>>> 36512cb (wip core)
         if self.cond_stage_model is None:
             raise ValueError("this model has no text encoder and takes no labels: it is unconditional")
         return self.cond_stage_model(prompts) if self.conditioning_key == "concat" else self.cond_stage_model.encode(prompts)
