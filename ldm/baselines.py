@@ -211,7 +211,7 @@ def _diffpir(run, constraint, weight, zeta):
 def _start(D, shape, seeds, steps, eta, common) -> Run:
     """What every method begins with."""
     check_eta(eta)
-    return begin(D, shape, seeds, common.pop("levels", None) or D.schedule.levels(steps), **common)
+    return begin(D, shape, seeds, lambda: D.schedule.levels(steps), **common)
 
 
 def _positive(**values):

@@ -73,11 +73,10 @@ def fast_sampler(
     wrong arguments at once, and FloatingPointError at the end if an x0 was not finite: nothing waits for a tensor's values before.
     """
     strength = min(2.3, 55 / steps) if strength is None else strength
-    levels, h, mode = common.pop("levels", None), common.pop("h", None), common.pop("mode", None)
-    settings = Settings(vectors, strength, late, sigma_y, eta, fresh, h, mode)
+    settings = Settings(vectors, strength, late, sigma_y, eta, fresh, common.pop("h", None), common.pop("mode", None))
     constraint = as_constraint(constraint)
     _check(settings, constraint)
-    run = begin(D, shape, seeds, levels or D.schedule.log_levels(steps), **common)
+    run = begin(D, shape, seeds, lambda: D.schedule.log_levels(steps), **common)  # type: ignore[misc]
     return _fast_sampler(run, constraint, settings)
 
 

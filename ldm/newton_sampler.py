@@ -50,8 +50,7 @@ def newton_sampler(
     lengths = step_lengths(lr, newton_steps)
     check_eta(eta)
     check_product(h, mode)
-    levels = common.pop("levels", None) or D.schedule.levels(steps)
-    run = begin(D, shape, seeds, levels, **common)
+    run = begin(D, shape, seeds, lambda: D.schedule.levels(steps), **common)
     return _newton_sampler(run, as_constraint(constraint), lengths, h, eta, mode)
 
 

@@ -175,15 +175,17 @@ def begin(
     D: DenoiserLike,
     shape: Sequence[int],
     seeds: Sequence[int] | None,
-    levels: Sequence[Level],
+    grid: Callable[[], Sequence[Level]],
     *,
+    levels: Sequence[Level] | None = None,
     noise: Callable[[], Tensor] | None = None,
     start: tuple[Tensor, Level] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """The counting D, the levels to visit, the noise and the first x_t of a run; ValueError or TypeError for what does not fit."""
-    counted, levels = CountedDenoiser(D), list(levels)
+    """The counting D, the levels to visit (those of `grid` if None), the noise and the first x_t of a run; see `Common` for the rest.
+    ValueError or TypeError for what does not fit."""
+    counted, levels = CountedDenoiser(D), list(grid() if levels is None else levels)
     if callable(seeds):
         warnings.warn("seeds is a function: give it as noise=", DeprecationWarning, stacklevel=3)
         seeds, noise = None, seeds

@@ -17,12 +17,12 @@ from torch import Tensor
 class Level(NamedTuple):
     """One noise level. `t` is the time as the network takes it; None at the clean end (alpha 1, sigma 0)."""
 
-    t: float | None
+    t: float
     alpha: float
     sigma: float
 
 
-CLEAN = Level(None, 1.0, 0.0)
+CLEAN = Level(None, 1.0, 0.0)  # type: ignore[arg-type]
 
 
 def make_beta_schedule(schedule, n_timestep, linear_start=1e-4, linear_end=2e-2, cosine_s=8e-3):
