@@ -183,7 +183,7 @@ def begin(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """The counting D, the levels to visit (those of `grid` if None), the noise and the first x_t of a run; see `Common` for the rest.
+    """The counting D, the levels to visit (those of `grid` if None), the noise and the first x_t of a run: see `Common`.
     ValueError or TypeError for what does not fit."""
     counted, levels = CountedDenoiser(D), list(grid() if levels is None else levels)
     if callable(seeds):
