@@ -6,7 +6,7 @@ inpainting  the right half of held-out pictures is missing, seeds 0 to 3 in turn
             and on decoded pixels, the fast solver in VAE space (no backward pass), and the projection without Jacobian
             (x0 + A^T r) at as many evaluations as the loop
 flow        the same with the rectified flow, `--flow`
-superres    four-fold, on a quarter as many pictures: the decoder's gradient and the encoder's difference, beside bicubic
+superres    four-fold, on a quarter as many pictures: the decoder's gradient and the encoder's difference, next to bicubic
 style       32 training captions, each with a held-out picture as reference, guided and unguided
 
 Needs the captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json, after each

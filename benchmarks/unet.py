@@ -1,4 +1,4 @@
-"""One evaluation of the Stable Diffusion v1 U-Net, forward and with the backward pass to its input, ours beside diffusers':
+"""One evaluation of the Stable Diffusion v1 U-Net, forward and with the backward pass to its input, ours next to diffusers':
 
     python benchmarks/unet.py [--device auto] [--quick]
 

@@ -3,7 +3,7 @@
     python mnist/quality.py [--model mnist] [--samples 1000] [--steps 50] [--eta 0] [--out checkpoints/mnist]
 
 A classifier (shipped, trained by configs/mnist/classifier.yaml) judges the samples; kernel distances (KID) are in its
-features, to the 10,000 test digits, beside those of as many training digits. Needs the MNIST data. Writes quality.json and
+features, to the 10,000 test digits, next to those of as many training digits. Needs the MNIST data. Writes quality.json and
 samples.png.
 """
 
