@@ -4,10 +4,12 @@ The model is built without memory (on the device "meta") and compared with the f
 the other is read, converted and checked: the peak memory is that of the loaded model.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
@@ -15,6 +17,7 @@ from ldm.kinds import infer_config, published_names
 from ldm.util import ROOT, instantiate_from_config, load_config, moved, resolve_device
 from ldm.weights import index, index_parts, match
 
+Config: TypeAlias = str | Path | Mapping[str, Any] | DictConfig  # a yaml file's path, or what is in it
 SHIPPED = {  # name: (config, weights)
     "mnist": ("configs/mnist/unet.yaml", "checkpoints/mnist/unet.safetensors"),
     "mnist-classifier": ("configs/mnist/classifier.yaml", "checkpoints/mnist/classifier.safetensors"),
@@ -28,7 +31,13 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 __getattr__ = moved("ldm.checkpoints", "ldm.weights", "save_weights load_parts Stored check_schedule RECOMPUTED TRAINING_ONLY")
 
 
-def load_model(source="tiny", config=None, device="auto", dtype=None, prediction=None):
+def load_model(
+    source: str | Path = "tiny",
+    config: Config | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    prediction: str | None = None,
+) -> Any:
     """A pre-trained model: in eval mode, without gradients, its 4-D weights channels-last.
 
     source      a shipped model (a key of SHIPPED; "tiny" is a small text-to-image model of the kind of Stable Diffusion)
@@ -89,7 +98,7 @@ def load_model(source="tiny", config=None, device="auto", dtype=None, prediction
     return model.to(device).eval().requires_grad_(False)
 
 
-def locate(source, config):
+def locate(source: str | Path, config: Config | None) -> tuple[Path, Config | None]:
     """(path of the weights, config or None) of a shipped model's name or a path."""
     if str(source) in SHIPPED:
         shipped_config, weights = SHIPPED[str(source)]
@@ -111,7 +120,7 @@ def locate(source, config):
     return path, config
 
 
-def read_config(config):
+def read_config(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the node {target, params}, the parts) of a config: a yaml file's path, a dict or an OmegaConf; `model` may stand above
     the node, and `parts` beside `model`."""
     if isinstance(config, (str, Path)):

@@ -3,15 +3,19 @@
 import io
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
 
 from ldm.util import atomic_write
 
+Source: TypeAlias = str | os.PathLike | bytes | Image.Image  # of an image
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # of image files, in any case
 SCALES = (1, 255, 65535)  # what white may be in 16-bit, 32-bit and float images
 REMEDY = 'run the network and the autoencoder in float32 (dtype = "float32"), or take shorter steps'
@@ -22,7 +26,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: workfl
 # ---- files
 
 
-def open_image(source, name="image"):
+def open_image(source: Source, name: str = "image") -> Image.Image:
     """An image upright, as a PIL image of mode "L", "LA", "RGB" or "RGBA".
 
     source  a path (~ is the home folder), the bytes of a file, or a PIL image
@@ -38,21 +42,21 @@ def open_image(source, name="image"):
         return _eight_bits(image, format)
 
 
-def read_image(source, name="image"):
+def read_image(source: Source, name: str = "image") -> tuple[Image.Image, str | None]:
     """(image, format): as `open_image`, but with the file's own mode and values; format is Pillow's name, such as "PNG"."""
     with _named(source, name), _opened(source) as image:
         image.load()
         return _upright(image), image.format
 
 
-def image_size(source, name="image"):
+def image_size(source: Source, name: str = "image") -> tuple[int, int]:
     """(H, W) of an image upright, from the file's header alone where its format allows. ValueError as `open_image`."""
     with _named(source, name), _opened(source) as image:
         turned = _orientation(image) >= 5 and image.format != "TIFF"  # of TIFF files Pillow gives the upright size
         return image.size if turned else image.size[::-1]
 
 
-def load_image(path, size=None, channels=3, crop=False):
+def load_image(path: Source, size: Sequence[int] | None = None, channels: int = 3, crop: bool = False) -> Tensor:
     """An image as a float32 tensor [1, channels, H, W] in [-1, 1].
 
     path      what `open_image` takes: a path, bytes or a PIL image
@@ -74,7 +78,7 @@ def load_image(path, size=None, channels=3, crop=False):
     return from_uint8(np.asarray(image)).reshape(1, *image.size[::-1], channels).permute(0, 3, 1, 2).contiguous()
 
 
-def on_white(image):
+def on_white(image: Image.Image) -> Image.Image:
     """A PIL image of mode "L", "LA", "RGB" or "RGBA" composited on white: mode "L" or "RGB"."""
     if image.mode in ("L", "RGB"):
         return image
@@ -167,12 +171,12 @@ def _eight_bits(image, format):
     return image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
 
 
-def white(image, format):
+def white(image: Image.Image, format: str | None) -> int | None:
     """The value of white in a PIL image's own mode where it is known, otherwise None: see `scaled`."""
     return 65535 if image.mode.startswith("I;16") or (image.mode, format) == ("I", "PPM") else None
 
 
-def scaled(values, white=None):
+def scaled(values: np.ndarray, white: float | None = None) -> np.ndarray:
     """Numbers of any dtype and shape -> float64 in 0 .. 1, divided by `white`; negative ones become 0.
 
     white=None: booleans and floats up to 1 stay; otherwise the first of 255 and 65535 that no value exceeds, or the largest value.
@@ -191,13 +195,13 @@ def scaled(values, white=None):
 # ---- tensors
 
 
-def from_uint8(pixels):
+def from_uint8(pixels: Tensor | np.ndarray) -> Tensor:
     """uint8 tensor or array of any shape -> float32 tensor in [-1, 1]."""
     pixels = pixels if torch.is_tensor(pixels) else torch.from_numpy(np.array(pixels))
     return pixels.float() / 127.5 - 1
 
 
-def to_uint8(x, stage="the image"):
+def to_uint8(x: Tensor, stage: str = "the image") -> Tensor:
     """Tensor in [-1, 1] of any shape (values outside are clipped) -> uint8 tensor on the CPU, rounded to nearest.
 
     FloatingPointError, which names `stage`, where a value is NaN or infinite.
@@ -206,7 +210,7 @@ def to_uint8(x, stage="the image"):
     return ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_image(x, name="image"):
+def check_image(x: Tensor, name: str = "image") -> Tensor:
     """x itself, if it is a finite float tensor [B, C, H, W] in [-1, 1] (to 1e-3); otherwise a ValueError says what it is."""
     if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4:
         given = f"{x.dtype} {list(x.shape)}" if torch.is_tensor(x) else type(x).__name__
@@ -218,7 +222,7 @@ def check_image(x, name="image"):
     return x
 
 
-def check_finite(x, stage):
+def check_finite(x: Tensor, stage: str) -> Tensor:
     """x itself; FloatingPointError, which names the stage of the computation, if a value of it is NaN or infinite."""
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
@@ -226,7 +230,7 @@ def check_finite(x, stage):
     return x
 
 
-def grid(images, columns=None, gap=2, background=1.0):
+def grid(images: Tensor, columns: int | None = None, gap: int = 2, background: float = 1.0) -> Tensor:
     """Images [B, C, H, W] in [-1, 1] side by side -> one image [C, H', W'], `gap` pixels of `background` between and around."""
     b, c, h, w = images.shape
     columns = columns or b
@@ -238,23 +242,23 @@ def grid(images, columns=None, gap=2, background=1.0):
     return torch.nn.functional.pad(sheet, (0, gap, 0, gap), value=float(background))
 
 
-def to_pil(image, scale=1, stage="the image"):
+def to_pil(image: Tensor, scale: int = 1, stage: str = "the image") -> Image.Image:
     """One image [C, H, W] in [-1, 1], C = 1 or 3 -> PIL image, each pixel drawn as scale x scale. Errors as `to_uint8`."""
     if image.ndim != 3 or len(image) not in (1, 3):
         raise ValueError(f"{stage} has the shape {list(image.shape)}: give [C, H, W] with C = 1 or 3")
     array = to_uint8(image, stage).permute(1, 2, 0).numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pil = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    return pil.resize((pil.width * scale, pil.height * scale), Image.Resampling.NEAREST)
 
 
-def save_image(image, path, scale=1):
+def save_image(image: Tensor, path: str | os.PathLike, scale: int = 1) -> Path:
     """Write one image [C, H, W] in [-1, 1] to a file, whose folder is made if it is missing. Returns the path."""
     with atomic_write(path) as temporary:
         to_pil(image, scale).save(temporary)
     return Path(path)
 
 
-def save_gif(frames, path, scale=1, seconds=0.12, hold=2.0):
+def save_gif(frames: Iterable[Tensor], path: str | os.PathLike, scale: int = 1, seconds: float = 0.12, hold: float = 2.0) -> Path:
     """Write an animation of frames [C, H, W] in [-1, 1] that loops; the last one stays for `hold` seconds. Returns the path.
 
     All frames share one palette of 256 colours, which halves the file.

@@ -4,6 +4,7 @@ Images are [B, C, H, W] float32 in [-1, 1]. Masks are [B or 1, 1, H, W] of 1 (kn
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import InterpolationMode, resize
 
@@ -16,7 +17,7 @@ __all__ = ["blend", "check_mask", "fit", "harmonic_fill", "join", "latent_mask",
 # ---- canvases
 
 
-def fit(image, mask, short_side, multiple):
+def fit(image: Tensor, mask: Tensor, short_side: int, multiple: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Image and mask at a size that a model takes: the shorter side becomes short_side pixels, then unknown pixels are added at
     the right and at the bottom up to multiples of `multiple`. Returns image, mask and (H, W), the part that is the image."""
     h, w = image.shape[2:]
@@ -25,15 +26,15 @@ def fit(image, mask, short_side, multiple):
     if short_side % multiple:
         raise ValueError(f"short_side = {short_side}: give a multiple of {multiple}")
     mask = mask.to(image)
-    size = [max(round(n * short_side / min(h, w)), short_side) for n in (h, w)]
-    if tuple(size) != (h, w):
-        image = resize(image, size, InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
+    size = (max(round(h * short_side / min(h, w)), short_side), max(round(w * short_side / min(h, w)), short_side))
+    if size != (h, w):
+        image = resize(image, list(size), InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
         mask = resize_mask(mask, size)
     pad = [0, -size[1] % multiple, 0, -size[0] % multiple]
-    return F.pad(image, pad), F.pad(mask.expand(-1, 1, *size), pad), tuple(size)
+    return F.pad(image, pad), F.pad(mask.expand(-1, 1, *size), pad), size
 
 
-def outpaint(image, left=0, right=0, top=0, bottom=0):
+def outpaint(image: Tensor, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
     """The image on a larger canvas: (image, mask) with so many unknown pixels more on each side."""
     pad = (left, right, top, bottom)
     if any(n < 0 or int(n) != n for n in pad) or not any(pad):
@@ -41,7 +42,7 @@ def outpaint(image, left=0, right=0, top=0, bottom=0):
     return F.pad(image, pad), F.pad(torch.ones_like(image[:1, :1]), pad)
 
 
-def join(first, second, known=1 / 3):
+def join(first: Tensor, second: Tensor, known: float = 1 / 3) -> tuple[Tensor, Tensor]:
     """Two images to be joined: (image, mask) with the left `known` of the first, the right `known` of the second, and
     nothing in between."""
     if first.shape != second.shape:
@@ -59,7 +60,7 @@ def join(first, second, known=1 / 3):
 # ---- seams
 
 
-def harmonic_fill(values, mask, tolerance=1e-4, most=2000):
+def harmonic_fill(values: Tensor, mask: Tensor, tolerance: float = 1e-4, most: int = 2000) -> Tensor:
     """The known values [B, C, H, W], and in the hole the smoothest continuation of them: the solution of Laplace's equation,
     which every hole pixel fulfils as the mean of its neighbours. Known values stay as they are; without any, zeros.
 
@@ -92,7 +93,7 @@ def harmonic_fill(values, mask, tolerance=1e-4, most=2000):
     return torch.where(mask > 0, values, u)
 
 
-def blend(sampled, image, mask, feather=0, poisson=False):
+def blend(sampled: Tensor, image: Tensor, mask: Tensor, feather: int = 0, poisson: bool = False) -> Tensor:
     """The final image: the known pixels of the image, the sampled ones in the hole.
 
     feather  known pixels nearer to the hole than so many pixels are mixed with the sampled ones; 0: all are kept, bit-equal

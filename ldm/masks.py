@@ -7,14 +7,17 @@ mask has exactly two values are these the hole and the known part whatever they 
 import math
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from ldm.images import open_image, read_image, scaled, white
+from ldm.images import Source, open_image, read_image, scaled, white
 
 SIDES = ("left", "right", "top", "bottom")
 SHAPES = (*SIDES, "centre", "strokes", "alpha")
@@ -23,7 +26,7 @@ KNOWN_LOSSY = 0.75  # in formats whose compression blurs black and white
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 
 
-def make_mask(what, size, seed=0, image_path=None, invert=False):
+def make_mask(what: Any, size: Sequence[int], seed: int = 0, image_path: Source | None = None, invert: bool = False) -> Tensor:
     """A mask [1, 1, H, W], 1 where known and 0 where to be filled in, float32, for images of size (H, W).
 
     what    "left", "right", "top" or "bottom": that half is missing
@@ -61,7 +64,7 @@ def make_mask(what, size, seed=0, image_path=None, invert=False):
     return check_mask(1 - mask if invert else mask)
 
 
-def read_mask(what, size, image_path=None, invert=False, name="mask"):
+def read_mask(what: Any, size: Sequence[int], image_path: Source | None = None, invert: bool = False, name: str = "mask") -> Tensor:
     """As `make_mask`, for the kinds that are images, arrays and tensors; `name` is the argument that errors name. A mask without a
     hole and one that is all hole are returned as they are."""
     least, shown = KNOWN, f"{name} = {str(what)!r}" if isinstance(what, (str, os.PathLike)) else name
@@ -70,7 +73,7 @@ def read_mask(what, size, image_path=None, invert=False, name="mask"):
     elif isinstance(what, np.ndarray):
         known = 1 - _of_array(what, size, shown)
     elif isinstance(what, str) and what == "alpha":
-        alpha = open_image(image_path)
+        alpha = open_image(image_path)  # type: ignore[arg-type]  # None has an error of its own there
         if alpha.mode not in ("LA", "RGBA"):
             raise ValueError(f"{shown}, but the image has no transparent part: give a mask file")
         known = np.asarray(alpha.getchannel("A")) / 255.0
@@ -86,7 +89,7 @@ def read_mask(what, size, image_path=None, invert=False, name="mask"):
     return _to_size(mask, size, shown)
 
 
-def check_mask(mask):
+def check_mask(mask: Tensor) -> Tensor:
     """The mask itself, [B or 1, 1, H, W], if it leaves something to fill in and something known in every image; otherwise a
     ValueError. Of any dtype; booleans and integers come back as float32."""
     if mask.ndim != 4:
@@ -102,7 +105,7 @@ def check_mask(mask):
     return mask
 
 
-def latent_mask(mask, downsampling):
+def latent_mask(mask: Tensor, downsampling: int) -> Tensor:
     """[B, 1, h, w]: a latent pixel is known where all of its downsampling x downsampling pixels are."""
     if mask.shape[2] % downsampling or mask.shape[3] % downsampling:
         raise ValueError(f"mask has the size {list(mask.shape[2:])}: give multiples of {downsampling} (`fit` makes them)")
@@ -110,7 +113,7 @@ def latent_mask(mask, downsampling):
     return 1 - F.max_pool2d(1 - mask, downsampling)
 
 
-def resize_mask(mask, size):
+def resize_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     """A mask [B, 1, h, w] at another size (H, W), for an image that is resized too: a pixel is known where all pixels
     that are averaged for it are known."""
     return (resize(mask, list(size), InterpolationMode.BILINEAR, antialias=True) > 0.999).to(mask)

@@ -36,7 +36,7 @@ def lpips_distance(x: Tensor, reference: Tensor) -> Tensor:
         return lpips_loss(x, reference)
 
 
-def lpips_loss(x, reference):
+def lpips_loss(x: Tensor, reference: Tensor) -> Tensor:
     """`lpips_distance` with its gradient, of images that are not clipped. [B]"""
     return _lpips(x.device)(x, reference).flatten()
 

@@ -9,9 +9,12 @@ value and return one. `make_mask` (ldm/masks.py) reads rectangles as text by its
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 
-def samples(prompts=None, seeds=None, count=None, default=1, name="prompts"):
+def samples(
+    prompts: Any = None, seeds: Any = None, count: int | None = None, default: int = 1, name: str = "prompts"
+) -> tuple[list[str], list[int]]:
     """(prompts, seeds): a list of texts and a list of integers, one each per sample.
 
     prompts  a text, a list of texts, such a list as text ("['a cat', 'a dog']"), or None: no words
@@ -35,7 +38,7 @@ def samples(prompts=None, seeds=None, count=None, default=1, name="prompts"):
     return [prompt for prompt in prompts for _ in range(count // len(prompts))], seeds
 
 
-def numbers(value, name="lr"):
+def numbers(value: Any, name: str = "lr") -> Any:
     """A number, a tuple of numbers, or None: of these themselves, a list, or a text such as "0.1", "0.5, 0.1" or "(0.5, 0.1)"."""
     value = _literal(value)
     parts = value if isinstance(value, (list, tuple, range)) else [value]
@@ -46,7 +49,7 @@ def numbers(value, name="lr"):
     return tuple(parts) if parts is value else value
 
 
-def text(value, name="image"):
+def text(value: Any, name: str = "image") -> str | None:
     """A text or None: paths and names, of which papermill makes numbers (2024) where it can. ~ is the home folder."""
     if value is None or isinstance(value, str) and value.strip() in ("", "None"):
         return None
@@ -56,7 +59,7 @@ def text(value, name="image"):
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
-def flag(value, name="flag"):
+def flag(value: Any, name: str = "flag") -> bool:
     """True or False, of these themselves or of text: "yes", "true", "on", "1" and their opposites in any case."""
     word = str(value).strip().lower()
     if word in ("true", "yes", "on", "1"):

@@ -1,11 +1,14 @@
 """The table of a comparison: one csv row per model, task, method, budget and number of images, and its Markdown."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from ldm.metrics import lpips_weights
 from ldm.util import atomic_write
 
+Row: TypeAlias = Mapping[str, Any]  # value by column
 PER_IMAGE = ["residual", "psnr", "ssim", "lpips", "accuracy"]  # one number per image; kid is one of the whole set
 MEASURES = [*PER_IMAGE, "kid"]
 NAMES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "accuracy": "label accuracy",
@@ -15,7 +18,7 @@ COSTS = ["nfe_forward", "nfe_backward", "seconds", "memory", "memory_plain"]
 COLUMNS = KEY + COSTS + [measure + end for measure in MEASURES for end in ("", "_low", "_high")]
 
 
-def read_rows(path):
+def read_rows(path: str | Path) -> list[Row]:
     """The rows of a table, dicts of strings; none if there is no file. To have a row made anew, delete its line."""
     if not Path(path).is_file():
         return []
@@ -23,16 +26,16 @@ def read_rows(path):
         return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
 
 
-def in_table(path, key):
+def in_table(path: str | Path, key: Row) -> bool:
     return any(all(row[k] == str(v) for k, v in key.items()) for row in read_rows(path))
 
 
-def append_row(path, row):
+def append_row(path: str | Path, row: Row) -> None:
     """Add a row. Numbers keep five digits, None is an empty cell."""
     _write(path, [*read_rows(path), _cells(row)])
 
 
-def put_row(path, row):
+def put_row(path: str | Path, row: Row) -> None:
     """Add a row, in the place of the one with the same KEY."""
     others = [other for other in read_rows(path) if any(other[k] != str(row[k]) for k in KEY)]
     _write(path, [*others, _cells(row)])
@@ -49,12 +52,12 @@ def _write(path, rows):
         writer.writerows(rows)
 
 
-def measures_in(rows):
+def measures_in(rows: Sequence[Row]) -> list[str]:
     """Those of MEASURES that some row has a number of."""
     return [m for m in MEASURES if any(row[m] not in ("", "nan") for row in rows)]
 
 
-def markdown(rows, title, features, labels):
+def markdown(rows: Sequence[Row], title: str, features: str, labels: Mapping[str, str]) -> list[str]:
     """The lines of a table for each task of the rows, cheapest first. features: in words, what KID is measured in; labels: of the
     tasks and methods by name."""
     measures, counts = measures_in(rows), sorted({int(row["images"]) for row in rows})
@@ -79,12 +82,12 @@ def markdown(rows, title, features, labels):
     return lines
 
 
-def table_head(columns, measures):
+def table_head(columns: str, measures: Sequence[str]) -> list[str]:
     """The two lines that begin a Markdown table."""
-    columns = [*columns.split(" | "), *(NAMES[m] for m in measures)]
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    heads = [*columns.split(" | "), *(NAMES[m] for m in measures)]
+    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
 
 
-def evaluations(row):
+def evaluations(row: Row) -> float:
     """Forward and backward evaluations per image."""
     return float(row["nfe_forward"]) + float(row["nfe_backward"])

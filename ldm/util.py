@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | PathLike) -> Iterator[Path]:
     """`with atomic_write(path) as temporary: save(temporary)`: what is written to `temporary`, a path in the same folder with the
     same suffix, takes the place of `path` at the end. An interrupted or failed write leaves the old file and nothing else.
     The folder is made where it is missing; the permissions are those of any new file, whatever `save` sets."""

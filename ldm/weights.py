@@ -10,8 +10,9 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def save_weights(model, path, dtype, without=()):
+def save_weights(model: nn.Module, path: str | Path, dtype: torch.dtype, without: Iterable[str] = ()) -> None:
     """Write the model's state dict, floating-point tensors as `dtype` (single numbers as they are), as safetensors. Left out
     are the schedule's buffers and the names that begin with one of `without`. Never leaves half a file."""
     tensors = {k: v for k, v in model.state_dict().items() if k not in SCHEDULE_BUFFERS and not k.startswith(tuple(without))}
@@ -45,7 +46,7 @@ def save_weights(model, path, dtype, without=()):
         save_file(tensors, temporary)
 
 
-def match(path, stored, expected):
+def match(path: Path, stored: Mapping[str, "Stored"], expected: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """{name in the model: name in the file} of all tensors to load; one ValueError lists all that does not fit."""
     ema = [k for k in stored if k.startswith("model_ema.") and not TRAINING_ONLY.fullmatch(k)]
     if ema:
@@ -72,7 +73,7 @@ def match(path, stored, expected):
     return names
 
 
-def check_schedule(path, stored, expected):
+def check_schedule(path: Path, stored: Mapping[str, "Stored"], expected: Mapping[str, torch.Tensor]) -> None:
     """The file's noise schedule is not loaded (the model's own is exact), but has to be the same."""
     if "betas" in stored and "betas" in expected:
         found, own = stored["betas"].read().double(), expected["betas"].double()
@@ -83,7 +84,7 @@ def check_schedule(path, stored, expected):
             )
 
 
-def some(names, most=10):
+def some(names: Iterable[str], most: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -95,14 +96,14 @@ class Stored(NamedTuple):
     offset: int
     meta: torch.Tensor
 
-    def read(self):
+    def read(self) -> torch.Tensor:
         """The tensor, mapped into memory (copy-on-write); the mapping ends with the tensor."""
         length = 1 + sum((n - 1) * stride for n, stride in zip(self.meta.shape, self.meta.stride(), strict=True))
         data = np.memmap(self.path, mode="c", offset=self.offset, shape=length * self.meta.itemsize)
         return torch.from_numpy(data).view(self.meta.dtype).as_strided(self.meta.shape, self.meta.stride())
 
 
-def index(path):
+def index(path: Path) -> dict[str, Stored]:
     """{name: Stored} of the tensors in a file: .safetensors, or any other suffix for what torch.save writes."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
@@ -112,10 +113,10 @@ def index(path):
     return stored
 
 
-def index_parts(parts):
+def index_parts(parts: Mapping[str, Mapping[str, str]]) -> dict[str, Stored]:
     """{name in the model: Stored} of the files for parts of a model, {prefix in the model: {path, without}}: tensors whose
     name in the file begins with `without` belong to something else."""
-    stored = {}
+    stored: dict[str, Stored] = {}
     for prefix, part in parts.items():
         without = (part["without"],) if "without" in part else ()
         found = index(resolve_path(part["path"]))
@@ -123,7 +124,7 @@ def index_parts(parts):
     return stored
 
 
-def load_parts(model, parts):
+def load_parts(model: nn.Module, parts: Mapping[str, Mapping[str, str]]) -> None:
     """Copy the tensors of `parts` into a model that exists already, strictly."""
     stored = index_parts(parts)
     expected = {k: v for k, v in model.state_dict(keep_vars=True).items() if k.startswith(tuple(parts))}
@@ -131,7 +132,7 @@ def load_parts(model, parts):
     model.load_state_dict({k: stored[name].read() for k, name in match(Path(files), stored, expected).items()}, strict=False)
 
 
-def index_safetensors(path):
+def index_safetensors(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, "pt"):  # checks the header and the length of the file
             pass
@@ -146,7 +147,7 @@ def index_safetensors(path):
     return {k: Stored(path, 8 + length + header[k]["data_offsets"][0], meta) for k, meta in metas.items()}
 
 
-def index_ckpt(path):
+def index_ckpt(path: Path) -> dict[str, Stored]:
     """Unpickled by torch's restricted unpickler, which builds tensors and containers only. Lightning's files also
     mention classes (callbacks, hyper-parameters ...): each name is bound to a stub, the class itself never looked up."""
     if not zipfile.is_zipfile(path):
@@ -166,16 +167,16 @@ def index_ckpt(path):
             content = torch.load(path, map_location="meta", weights_only=True)
         content = content.get("state_dict", content)
         metas = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-        begins = {k: v.untyped_storage()._checkpoint_offset for k, v in metas.items()}
+        begins: dict[str, Any] = {k: v.untyped_storage()._checkpoint_offset for k, v in metas.items()}
     except Exception as error:
         raise ValueError(f"{path} is refused: it holds more than tensors and plain data ({one_line(error)})") from None
     # torch computes the offsets from the order of the records: wrong where another program has rewritten the archive.
     if not set(begins.values()) <= set(record_offsets(path)):
         raise ValueError(f"{path} was compressed or repacked: load it with torch and save it again with torch.save")
-    return {k: Stored(path, begins[k] + v.storage_offset() * v.itemsize, v) for k, v in metas.items()}
+    return {k: Stored(path, begins[k] + int(v.storage_offset()) * v.itemsize, v) for k, v in metas.items()}
 
 
-def is_alarming(name):
+def is_alarming(name: str) -> bool:
     """Whether a global is one of Python itself and not plain data: os.system, builtins.eval ..."""
     module, _, attribute = name.rpartition(".")
     if module == "builtins":
@@ -184,7 +185,7 @@ def is_alarming(name):
     return package in sys.stdlib_module_names and package not in DATA_MODULES
 
 
-def stub(name):
+def stub(name: str) -> type:
     """A class that takes any arguments and any state and does nothing with them; a kind of dict becomes a plain one."""
 
     class Stub:
@@ -200,7 +201,7 @@ def stub(name):
     return Stub
 
 
-def record_offsets(path):
+def record_offsets(path: Path) -> Iterator[int]:
     """Where the bytes of each uncompressed record of a zip archive begin."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
@@ -209,5 +210,5 @@ def record_offsets(path):
                 yield info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
 
 
-def one_line(error):
+def one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

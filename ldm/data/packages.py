@@ -3,11 +3,12 @@
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 
-def fetch(command, name, checksum, folder):
+def fetch(command: Sequence[str], name: str, checksum: str, folder: str | Path) -> Path:
     """The file `name` in `folder`, fetched by `command` (a list, which writes it into the current folder) if it is not there yet.
 
     checksum: its sha256 in hexadecimal digits. FileNotFoundError says what to fetch and where to put it if the command is not
@@ -30,7 +31,7 @@ def fetch(command, name, checksum, folder):
     return path
 
 
-def verified(path, checksum, otherwise):
+def verified(path: Path, checksum: str, otherwise: str) -> Path:
     """The path, if the file's sha256 is the checksum; else ValueError, which says what to do."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != checksum:

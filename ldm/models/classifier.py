@@ -1,12 +1,12 @@
 """A small digit classifier: the judge of MNIST samples, never a part of sampling."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class DigitClassifier(nn.Module):
     """CNN for [B, 1, 32, 32] images in [-1, 1]. `features` [B, 128] is the space in which kernel distances are measured."""
 
-    def __init__(self, width=32, classes=10):
+    def __init__(self, width: int = 32, classes: int = 10):
         super().__init__()
 
         def block(c_in, c_out):
@@ -20,5 +20,5 @@ class DigitClassifier(nn.Module):
             nn.Flatten(), nn.Dropout(0.3), nn.Linear(32 * width, 128), nn.SiLU())  # fmt: skip
         self.head = nn.Linear(128, classes)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))  # [B, classes] logits

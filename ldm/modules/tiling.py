@@ -1,12 +1,15 @@
 """A network on an image too large for it: overlapping tiles, blended linearly."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def windows(length, size, overlap, cell=1):
+def windows(length: int, size: int, overlap: int, cell: int = 1) -> list[tuple[int, Tensor]]:
     """The windows that cover 0 .. length-1: a list of (start, weights).
 
     All have `size` positions (`length`, where that is less), are spread evenly and overlap by `overlap` or more.
@@ -27,7 +30,7 @@ def windows(length, size, overlap, cell=1):
 
 
 @lru_cache(maxsize=8)
-def grid(height, width, size, overlap, cell, device):
+def grid(height: int, width: int, size: int, overlap: int, cell: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
     """The tiles of an image: a list of (top, left, weights [1, 1, cell * size, cell * size]). Kept, so that the weights are sent
     to the device once and not at every evaluation of a sampler."""
     rows, columns = (windows(n, size, overlap, cell) for n in (height, width))
@@ -35,7 +38,15 @@ def grid(height, width, size, overlap, cell, device):
         return [(top, left, (v[:, None] * w)[None, None].to(device)) for top, v in rows for left, w in columns]
 
 
-def tiled(network, x, size, overlap, cell_in=1, cell_out=1, batch=1):
+def tiled(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    size: int,
+    overlap: int,
+    cell_in: int = 1,
+    cell_out: int = 1,
+    batch: int = 1,
+) -> Tensor:
     """network(x), computed tile by tile; exactly network(x) where x fits into one tile.
 
     network: [B, C, cell_in * h, cell_in * w] -> [B, C', cell_out * h, cell_out * w] for all B, h, w
@@ -47,7 +58,7 @@ def tiled(network, x, size, overlap, cell_in=1, cell_out=1, batch=1):
     tiles = grid(height, width, size, overlap, cell_out, x.device)
     if len(tiles) == 1:
         return network(x)
-    out = None
+    out: Any = None
     for i in range(0, len(tiles), batch):
         part = tiles[i : i + batch]
         crops = [x[..., j * cell_in : (j + size) * cell_in, k * cell_in : (k + size) * cell_in] for j, k, _ in part]

@@ -3,11 +3,11 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
     """Sinusoidal embedding of the diffusion time (Vaswani et al. 2017; Ho et al. 2020, section 4).
 
     timesteps: [B], integer or float, on the network's own scale (0 .. T-1). Returns [B, dim] in float32, cosines first.
@@ -19,7 +19,7 @@ def timestep_embedding(timesteps, dim, max_period=10000):
     return F.pad(embedding, (0, dim % 2))
 
 
-def normalization(channels):
+def normalization(channels: int) -> nn.GroupNorm:
     """The U-Net's GroupNorm: 32 groups, eps 1e-5 (the published value; the attention and VAE blocks use 1e-6)."""
     if channels % 32:
         raise ValueError(
@@ -29,7 +29,7 @@ def normalization(channels):
     return nn.GroupNorm(32, channels)
 
 
-def zero_module(module):
+def zero_module(module: nn.Module) -> nn.Module:
     """Zero all parameters, so that a residual branch starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
