@@ -121,7 +121,7 @@ BIAS = {
     "dps: misses what is known exactly, variance too small": (dps, dict(steps=200), 0.0, (0.12, 0.4), (0.8, 1.05), (0.03, 0.2)),
     "dps: does not know sigma_y, fits the noise": (dps, dict(steps=200), 0.2, (0.12, 0.4), (0.8, 1.05), (0.03, 0.15)),
     "repaint: variance too small": (repaint, dict(steps=50, resamples=5), 0.0, (0.05, 0.3), (0.7, 0.95), (0.0, 1e-6)),
-    "gradient steps: overshoots the mean": (gradient_steps, dict(), 0.0, (0.4, 0.8), (0.65, 0.9), (0.005, 0.06)),
+    "gradient steps: overshoots the mean": (gradient_steps, dict(), 0.0, (0.3, 0.6), (0.65, 0.9), (0.005, 0.06)),
 }
 
 
