@@ -1,6 +1,6 @@
-"""Jacobian products in the arithmetic that a network really has, on the shipped model: |J e - exact| / |exact| <= 0.05 for every default.
+"""Jacobian products in the arithmetic that a network really has, on `tiny`: |J e - exact| <= 0.05 |exact| for every default.
 
-TF32 exists on GPUs only. Here it is simulated: the operands of convolutions and matrix products are rounded to 10 bits of mantissa,
+TF32 exists on GPUs only. Here it is simulated: the operands of convolutions and matrix products are rounded to 10 bits,
 unless the precision is set to "ieee", which is what the denoiser does.
 """
 
