@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the table below once more, for type checkers and editors; a
     from ldm.inpainting import make_mask as make_mask
     from ldm.newton_sampler import newton_sampler as newton_sampler
     from ldm.newton_sampler import sample as sample
+    from ldm.show import show as show
     from ldm.util import resolve_device as resolve_device
 
 EXPORTS = {  # name: its module
@@ -46,6 +47,7 @@ EXPORTS = {  # name: its module
     "resolve_device": "util",
     "sample": "newton_sampler",
     "save_image": "images",
+    "show": "show",
 }
 
 
