@@ -121,6 +121,19 @@ class DDPM(nn.Module):
         """Where the U-Net's weights are, and x_t belongs."""
         return next(self.model.parameters()).device
 
+    @property
+    def downsampling(self):
+        """Pixels per pixel of x_t: 1, but for latents."""
+        return 1
+
+    def encode(self, images):
+        """The images themselves, as this model has no autoencoder."""
+        return images
+
+    def decode(self, z):
+        """z itself."""
+        return z
+
     def forward(self, x_t, t, condition=None):
         return self.network(x_t, t, condition)
 
@@ -159,6 +172,11 @@ class LatentDiffusion(DDPM):
             self.scale_factor = float(scale_factor)
         self.first_stage_model = instantiate_from_config(first_stage_config)
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if conditional else None
+
+    @property
+    def downsampling(self):
+        """Pixels per latent pixel: f."""
+        return self.first_stage_model.downsampling
 
     def encode(self, images, sample=False, generator=None):
         """Images [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: of a variational autoencoder the posterior's mean, or

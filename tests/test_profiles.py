@@ -1,0 +1,95 @@
+"""The settings that follow from the model and the task, and those that the user sets instead."""
+
+import pytest
+import torch
+from common import ROOT, randomised
+from pipelines import build
+
+from ldm import profiles
+from ldm.checkpoints import load_model
+from ldm.denoisers import Denoiser, LatentDenoiser
+from ldm.diffusers_models import from_diffusers
+from ldm.newton_sampler import PAPER, newton_sampler, sample, step_lengths
+from ldm.profiles import KINDS, OWN, denoiser, kind_of, profile
+from ldm.util import instantiate_from_config, load_config
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", device="cpu")
+
+
+def of_config(name):
+    with torch.device("meta"):
+        return instantiate_from_config(load_config(ROOT / f"configs/{name}.yaml").model)
+
+
+@pytest.mark.parametrize("name, kind, size", [
+    ("stable-diffusion/v1-inference", "sd-v1", 512), ("stable-diffusion/v2-inference", "sd-v2", 512),
+    ("stable-diffusion/v2-inference-v", "sd-v2", 768), ("tiny/unet", "tiny", 64), ("tiny/flow", "tiny-flow", 64),
+    ("latent-diffusion/ffhq-ldm-vq-4", "ldm", 256), ("latent-diffusion/cin256-v2", "ldm", 256), ("adm/ffhq-256", "pixels", 256),
+    ("adm/imagenet-64-classes", "pixels", 64), ("mnist/unet", "mnist", 32),
+])  # fmt: skip
+def test_the_kind_follows_from_the_model(name, kind, size):
+    model = of_config(name)
+    assert kind_of(model) == kind and profile(model, "inpainting").size == size
+
+
+@pytest.mark.parametrize("family, kind", [("pixels", "pixels"), ("sd", "sd-v1"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("flux", "flux"),
+                                          ("instaflow", "sd-v1")])  # fmt: skip
+def test_the_kind_of_a_pipeline(family, kind, monkeypatch):
+    model = from_diffusers(build(family))
+    small = {"pixels": "pixels", "sd3": "tiny-flow", "flux": "flux", "instaflow": "tiny-flow"}.get(family, "tiny")
+    assert kind_of(model) == small
+    monkeypatch.setattr(profiles, "SMALL", 0)
+    assert kind_of(model) == kind
+    assert profile(model, "style").eta == (0.0 if model.parameterization == "velocity" else "paper")
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_stable_diffusion_gets_the_paper_s_settings(task):
+    p = profile(of_config("stable-diffusion/v1-inference"), task)
+    assert p.sampler == {name: value for name, value in PAPER[task].items() if name != "h"}
+    assert p.clip == "openai" and p.block == 2
+    if task == "style":
+        assert p.guidance == 3.0 and len(p.prompts) == len(p.seeds) == len(KINDS["sd-v1"].subjects)
+    else:
+        assert p.prompts == [""] and p.seeds == [0]
+
+
+def test_what_the_user_sets_wins(tiny):
+    p = profile(tiny, "style", "a cat", 7, lr="0.5, 0.2", eta=0.5, steps=3, newton_steps=None, guidance=1.0, block=1, clip="openai")
+    assert (p.prompts, p.seeds) == (["a cat"] * KINDS["tiny"].samples, [7, 8, 9, 10])
+    assert p.sampler == dict(steps=3, newton_steps=PAPER["style"]["newton_steps"], lr=(0.5, 0.2), eta=0.5)
+    assert (p.guidance, p.clip, p.block) == (1.0, "openai", 1)
+    assert profile(tiny, "inpainting", ["a", "b"], count=6).prompts == ["a"] * 3 + ["b"] * 3
+
+
+def test_own_settings_are_those_of_known_kinds_and_tasks(tiny):
+    assert all(kind in KINDS and task in PAPER for kind, task in OWN)
+    assert profile(tiny, "style").lr == OWN["tiny", "style"]["lr"]
+    assert all(step_lengths(own["lr"], 5) for own in OWN.values() if "lr" in own)
+
+
+def test_errors_name_what_is_wrong(tiny):
+    with pytest.raises(ValueError, match="task = 'inpaint': known are 'inpainting'"):
+        profile(tiny, "inpaint")
+    with pytest.raises(ValueError, match="length: a profile has guidance, steps"):
+        profile(tiny, "inpainting", length=0.1)
+    with pytest.raises(ValueError, match="eta = 'papers'"):
+        profile(tiny, "inpainting", eta="papers")
+
+
+def test_a_denoiser_of_every_model(tiny):
+    assert type(denoiser(tiny, ["a cat"], 3.0)) is LatentDenoiser
+    model = randomised(instantiate_from_config(load_config(ROOT / "configs/mnist/unet.yaml").model))
+    p = profile(model, "inpainting", count=2)
+    D = denoiser(model, p.prompts, p.guidance)
+    assert type(D) is Denoiser
+    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = Denoiser(model.network, model.schedule, model.parameterization)(x, 500)
+    assert torch.equal(D(x, 500), expected)
+    assert torch.equal(model.decode(model.encode(x)), x)
+    with pytest.raises(ValueError, match="prompts = 'a cat': this model is unconditional"):
+        denoiser(model, "a cat")
+    assert sample(D, None, x.shape, p.seeds, sampler=newton_sampler, **p.sampler | dict(steps=1)).x_t.shape == x.shape
