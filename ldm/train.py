@@ -3,13 +3,14 @@
     python -m ldm.train --config configs/mnist/unet.yaml [key=value ...]
 
 A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`; under `validation` the names and
-further arguments of its held-out sets), `training` (a task of
-ldm/training.py) and `trainer` (the arguments of Lightning's Trainer: devices, max_steps, max_time ...). It may have `parts`, the
-files of those parts of the model that were trained before, and `init`, the weights to start from. The command line sets any value;
-text stays text, whatever is in it:
+further arguments of its held-out sets), `training` (a task of ldm/training.py) and `trainer` (the arguments of Lightning's Trainer:
+devices, max_steps, max_time ...). It may have `parts`, the files of those parts of the model that were trained before, `init`, the
+weights to start from, and `begin`, another run's checkpoint to go on from. The command line sets any value; text stays text,
+whatever is in it:
 
     trainer.max_time=00:01:00:00   a time budget of an hour, after which it saves and ends
     init=checkpoints/tiny/unet.safetensors                   fine-tuning
+    begin=runs/tiny_unet/last.ckpt --name end training.params.decay_from=9000    the final decay of a run that may go on later
     data.folder=/path              your own captioned pictures (ldm/data/captioned.py) instead of the config's
 
 Everything is written to runs/<name>/: checkpoints, metrics (one version_N/metrics.csv for each start), sample sheets, and at the
@@ -24,15 +25,15 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from ldm.commands import check_keys, override
-from ldm.util import instantiate_from_config, load_config, moved
+from ldm.util import instantiate_from_config, load_config, moved, resolve_path
 from ldm.weights import load_parts, save_weights
 
-KEYS = "model data training trainer parts init batch_size num_workers checkpoint_every ema".split()  # of a config
+KEYS = "model data training trainer parts init begin batch_size num_workers checkpoint_every ema".split()  # of a config
 # Configs of version 0.1 name the tasks as ldm.train.DiffusionTraining ...
 __getattr__ = moved(
     "ldm.train",
@@ -59,6 +60,39 @@ class Batches:
             torch.manual_seed((self.seed * self.world + self.rank) * 10_000_019 + step)
             own = order[self.rank :: self.world]
             yield own[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+
+
+class Checkpoints(pl.Callback):
+    """The file that a run resumes from, written every `every` steps, at the end, and where the training breaks off. It is written
+    after the check of its step, so that a resumed run neither repeats nor omits one."""
+
+    def __init__(self, path, every):
+        self.path, self.every, self.saved = path, every, None
+
+    def on_train_start(self, trainer, task):
+        self.saved = trainer.global_step
+        # Checks go by the batches begun, and the one that broke off does not count.
+        trainer.fit_loop.epoch_loop.batch_progress.total.ready = trainer.global_step * trainer.accumulate_grad_batches
+
+    def on_train_batch_start(self, trainer, *_):
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # the log's steps: one too many after resuming
+        if trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer, _):
+        self.save(trainer)
+
+    def on_exception(self, trainer, *_):
+        if not trainer.validating and self.saved is not None:  # in a check, the averaged weights are in the network's place
+            self.save(trainer)
+
+    def save(self, trainer):
+        if self.saved != trainer.global_step:
+            self.saved = trainer.global_step
+            part = self.path.with_name(f".{self.path.name}.part")  # of all processes the first one writes
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                part.replace(self.path)
 
 
 def main(argv=None):
@@ -106,28 +140,29 @@ def train(config, run, resume=True):
     if parts or init:
         load_parts(model, parts | init)
     task = instantiate_from_config(config["training"], model=model)
-    task.sets = tuple(sets)
+    task.sets, task.cache = tuple(sets), run.parent / "encoded"
     dataset, *held_out = [task.prepare(part, i == 0) for i, part in enumerate([dataset, *held_out])]
-    last, start = run / "last.ckpt", 0
-    if resume and last.exists():
+    last, start = run / "last.ckpt" if resume else None, 0
+    if last is None or not last.exists():
+        last = resolve_path(config["begin"]) if config.get("begin") else None
+    if last:
         start = torch.load(last, map_location="meta", weights_only=True)["global_step"]
         print(f"resuming from {last}, step {start} (--fresh starts anew)")
         start *= config["trainer"].get("accumulate_grad_batches", 1)  # steps -> batches
     callbacks = [
-        ModelCheckpoint(run, filename="{step}", every_n_train_steps=config.get("checkpoint_every", 250), save_last=True,
-                        enable_version_counter=False, save_on_exception=True),
         EMAWeightAveraging(decay=config.get("ema", 0.999)),
         LearningRateMonitor("step"),
-    ]  # fmt: skip
+        Checkpoints(run / "last.ckpt", config.get("checkpoint_every", 250)),
+    ]
     trainer = pl.Trainer(
-        default_root_dir=run, callbacks=callbacks, logger=CSVLogger(run, name="metrics"),
+        default_root_dir=run, callbacks=callbacks, logger=CSVLogger(run, name="metrics"), enable_checkpointing=False,
         **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, "check_val_every_n_epoch": None,
            "use_distributed_sampler": False, **config["trainer"]},
     )  # fmt: skip
     batches = Batches(len(dataset), batch_size, seed, start, trainer.global_rank, trainer.world_size)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
     val = [DataLoader(part, min(batch_size, len(part)), num_workers=workers, drop_last=True) for part in held_out]
-    trainer.fit(task, loader, val, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+    trainer.fit(task, loader, val, ckpt_path=last, weights_only=True)
     # EMAWeightAveraging has copied the averaged weights into the model by now.
     weights = run / "weights.safetensors"
     if trainer.is_global_zero:

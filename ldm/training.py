@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ldm.data.captioned import Encoded
+from ldm.data.captioned import Encoded, fingerprint
 from ldm.denoisers import PREDICTIONS, Denoiser, LatentDenoiser
 from ldm.images import grid, save_image
 from ldm.metrics import lpips_distance, lpips_loss, psnr, ssim
@@ -20,27 +20,61 @@ from ldm.newton_sampler import sample
 
 
 class Training(pl.LightningModule):
-    """What all tasks share: AdamW, linear warm-up, then a cosine to zero at the last step.
+    """What all tasks share: AdamW, linear warm-up, and one of two courses of the learning rate.
 
-    `sets` are the names of the held-out sets, in the order of the validation loaders; ldm/train.py sets it.
+    decay=None  a cosine to zero at the last step, which is to be known from the beginning
+    decay=n     constant, then linear to zero within the n steps from step `decay_from` on, which end the training (Hägele et al.
+                2024, "warm-up, stable, decay"). decay_from=None: they begin when the held-out loss has not fallen at `patience`
+                checks in a row (None: never), so that a training goes on over as many sittings as it gains from
+
+    `sets` are the names of the held-out sets, in the order of the validation loaders, and `cache` a folder for what is computed
+    from the data in advance; ldm/train.py sets both.
     """
 
-    sets = ("",)
+    sets, cache = ("",), None
 
-    def __init__(self, model, lr=1e-3, weight_decay=0.0, warmup=200, seed=0):
+    def __init__(self, model, lr=1e-3, weight_decay=0.0, warmup=200, decay=None, decay_from=None, patience=None, seed=0):
         super().__init__()
         self.model = model
         self.lr, self.weight_decay, self.warmup, self.seed = lr, weight_decay, warmup, seed
+        self.decay, self.decay_from, self.patience = decay, decay_from, patience
+        self.best, self.waited = math.inf, 0  # the lowest held-out loss, and the checks since
 
     def configure_optimizers(self):
         total = self.trainer.estimated_stepping_batches
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
 
         def factor(step):
-            return min((step + 1) / self.warmup, 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
+            if self.decay is None:
+                course = 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+            else:
+                course = 1.0 if self.decay_from is None else 1 - min(max(step - self.decay_from, 0) / self.decay, 1)
+            return min((step + 1) / self.warmup, course)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_validation_end(self):
+        """Begin the decay where the held-out loss, the mean over the sets, has stopped falling."""
+        losses = [value.item() for name, value in self.trainer.callback_metrics.items() if name.startswith("val_loss")]
+        if self.patience is None or not losses:
+            return
+        loss = sum(losses) / len(losses)
+        self.best, self.waited = (loss, 0) if loss < self.best else (self.best, self.waited + 1)
+        if self.waited >= self.patience and self.decay_from is None:
+            self.decay_from = self.global_step
+
+    def on_train_batch_end(self, *args):
+        if self.decay is not None and self.decay_from is not None and self.global_step >= self.decay_from + self.decay:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["course"] = {"best": self.best, "waited": self.waited, "decay_from": self.decay_from}
+
+    def on_load_checkpoint(self, checkpoint):
+        course = checkpoint.get("course", {"best": math.inf, "waited": 0, "decay_from": None})
+        self.best, self.waited = course["best"], course["waited"]
+        self.decay_from = course["decay_from"] if self.decay_from is None else self.decay_from
 
     def prepare(self, dataset, train):
         """What the loaders read instead of a dataset (train: the training set, the first one that is prepared)."""
@@ -61,12 +95,13 @@ class DiffusionTraining(Training):
 
     weight_cap: noise predictions are weighted by min(1 / alpha_t^2, weight_cap). 1 is that equation; a high cap is the error of
     v (Salimans & Ho 2022), which counts high noise levels, where the composition is decided, as much as low ones.
+    draws: how many times and noises each held-out image gets at a check; with one, the loss moves by several per cent.
     times: arguments of the schedule's `random_times`, such as {mean: 0} for log-normal times; {}: the schedule's default.
     """
 
-    def __init__(self, model, weight_cap=1.0, times=None, **kwargs):
+    def __init__(self, model, weight_cap=1.0, draws=1, times=None, **kwargs):
         super().__init__(model, **kwargs)
-        self.weight_cap, self.times = weight_cap, times or {}
+        self.weight_cap, self.draws, self.times = weight_cap, draws, times or {}
 
     def loss(self, x0, generator, *conditions):
         ddpm = self.model
@@ -78,14 +113,19 @@ class DiffusionTraining(Training):
         weight = (alpha**-2).clamp(max=self.weight_cap) if ddpm.parameterization == "eps" else 1.0
         return (weight * error).mean()
 
+    def held_out_loss(self, i, which, x0, *conditions):
+        """Log the loss of batch i of a held-out set, of the same times and noises at every check."""
+        losses = [self.loss(x0, self.generator(-1 - i * self.draws - j), *conditions) for j in range(self.draws)]
+        self.log_held_out("val_loss", torch.stack(losses).mean(), which)
+
     def training_step(self, batch, _):
         loss = self.loss(batch[0], self.generator(self.global_step))
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i, which=0):
-        self.log_held_out("val_loss", self.loss(batch[0], self.generator(-1 - i)), which)
-        if i == which == 0 and self.trainer.is_global_zero:
+    def validation_step(self, batch, i, dataloader_idx=0):
+        self.held_out_loss(i, dataloader_idx, batch[0])
+        if i == dataloader_idx == 0 and self.trainer.is_global_zero:
             ddpm = self.model
             D = Denoiser(ddpm.network, ddpm.schedule, ddpm.parameterization)
             shape = (64, ddpm.channels, ddpm.image_size, ddpm.image_size)
@@ -104,9 +144,14 @@ class TextToImageTraining(DiffusionTraining):
         model.cond_stage_model.requires_grad_(False)
 
     def prepare(self, dataset, train):
-        """The encoded dataset. The training set's latents set the scale_factor that brings them to unit variance, unless the
-        model has begun with another one's."""
-        encoded = Encoded(dataset, lambda x: self.model.first_stage_model.encode(x).mode(), self.model.encode_prompts)
+        """The encoded dataset, from the cache if it has been encoded before. The training set's latents set the scale_factor that
+        brings them to unit variance, unless the model has begun with another one's."""
+        model = self.model
+        encode = lambda x: model.first_stage_model.encode(x).mode()  # noqa: E731
+        file = None
+        if self.cache is not None:
+            file = self.cache / f"{fingerprint(dataset, model.first_stage_model, model.cond_stage_model)}.safetensors"
+        encoded = Encoded(dataset, encode, model.encode_prompts, mirrored=train, file=file)
         if train and self.model.scale_factor == 1:
             self.model.scale_factor.fill_(1 / encoded.latents.float().std())
         encoded.latents *= self.model.scale_factor
@@ -122,9 +167,9 @@ class TextToImageTraining(DiffusionTraining):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i, which=0):
-        self.log_held_out("val_loss", self.loss(batch[0], self.generator(-1 - i), batch[1]), which)
-        if i == which == 0 and self.trainer.is_global_zero:
+    def validation_step(self, batch, i, dataloader_idx=0):
+        self.held_out_loss(i, dataloader_idx, *batch)
+        if i == dataloader_idx == 0 and self.trainer.is_global_zero:
             model, n = self.model, len(self.prompts)
             D = LatentDenoiser(model, self.prompts, guidance=3.0)
             z = sample(D, None, (n, *batch[0].shape[1:]), range(n), steps=20, device=self.device).x_t
@@ -161,14 +206,14 @@ class AutoencoderTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i, which=0):
+    def validation_step(self, batch, i, dataloader_idx=0):
         x = batch[0]
         reconstruction = self.model(x)[0].clamp(-1, 1)
-        self.log_held_out("val_psnr", psnr(reconstruction, x).mean(), which)
-        self.log_held_out("val_ssim", ssim(reconstruction, x).mean(), which)
+        self.log_held_out("val_psnr", psnr(reconstruction, x).mean(), dataloader_idx)
+        self.log_held_out("val_ssim", ssim(reconstruction, x).mean(), dataloader_idx)
         if self.lpips_weight:
-            self.log_held_out("val_lpips", lpips_distance(reconstruction, x).mean(), which)
-        if i == which == 0 and self.trainer.is_global_zero:
+            self.log_held_out("val_lpips", lpips_distance(reconstruction, x).mean(), dataloader_idx)
+        if i == dataloader_idx == 0 and self.trainer.is_global_zero:
             sheet = grid(torch.cat([x[:8], reconstruction[:8]]), 8)
             save_image(sheet, Path(self.trainer.default_root_dir) / f"samples_{self.global_step:06d}.png", scale=2)
 
@@ -195,21 +240,22 @@ class ClipTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _, which=0):
+    def validation_step(self, batch, _, dataloader_idx=0):
         loss, logits = self.loss(*batch)
         accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
-        self.log_held_out("val_loss", loss, which)
-        self.log_held_out("val_accuracy", accuracy, which)
+        self.log_held_out("val_loss", loss, dataloader_idx)
+        self.log_held_out("val_accuracy", accuracy, dataloader_idx)
 
 
-def jitter(images, generator, turn=0.15, scale=0.15, shift=0.1):
-    """Images [B, C, H, W], each turned by up to `turn` radians, scaled and shifted (fractions of the size), the border extended."""
+def jitter(images, generator, turn=0.15, scale=0.15, shift=0.1, padding="border"):
+    """Images [B, C, H, W], each turned by up to `turn` radians, scaled and shifted (fractions of the size), the border extended or
+    (padding="zeros") zeros around."""
     most = torch.tensor([[turn], [scale], [shift], [shift]])
     angle, zoom, dx, dy = most * (2 * torch.rand(4, len(images), generator=generator) - 1)
     cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
     theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], dim=1).view(-1, 2, 3).to(images)
     places = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, places, padding_mode=padding, align_corners=False)
 
 
 class ClassifierTraining(Training):
@@ -222,6 +268,51 @@ class ClassifierTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _, which=0):
+    def validation_step(self, batch, _, dataloader_idx=0):
         x, y = batch
-        self.log_held_out("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), which)
+        self.log_held_out("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), dataloader_idx)
+
+
+class JudgeTraining(Training):
+    """Cross-entropy of the name, with smoothed labels, and of the category. Images are disturbed in other ways than those of
+    ClipTraining. Of held-out names the category alone can be right."""
+
+    def training_step(self, batch, _):
+        images, names, categories = batch
+        name, category = self.model(disturb(images, self.generator(self.global_step)))
+        own, of = self.labels(names, categories)
+        loss = F.cross_entropy(name, own, label_smoothing=0.1) + 0.5 * F.cross_entropy(category, of)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, _, dataloader_idx=0):
+        images, names, categories = batch
+        name, category = self.model(images)
+        own, of = self.labels(names, categories)
+        right = name.topk(5).indices == own[:, None]
+        measured = {"val_top_1": right[:, 0], "val_top_5": right.any(1), "val_category": category.argmax(1) == of}
+        for key, values in measured.items():
+            self.log_held_out(key, values.float().mean(), dataloader_idx)
+
+    def labels(self, names, categories):
+        """Their places in the model's lists; of a name that is not there, -100, which no loss counts."""
+        place = {name: i for i, name in enumerate(self.model.names)}
+        own, of = [place.get(name, -100) for name in names], [self.model.categories.index(c) for c in categories]
+        return torch.tensor(own, device=self.device), torch.tensor(of, device=self.device)
+
+
+def disturb(images, generator):
+    """Images [B, 3, H, W] in [-1, 1] on white, each in its own way: mirrored, turned, scaled and shifted with white around,
+    blurred, and with brightness, contrast, saturation and a little of the hue changed."""
+    n = len(images)
+    draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator).to(images)  # noqa: E731
+    x = torch.where(draw(0, 1) < 0.5, images.flip(3), images)
+    x = 1 - jitter(1 - x, generator, turn=0.35, scale=0.3, shift=0.12, padding="zeros")
+    share = draw(0, 1)
+    x = torch.where(share < 0.4, x, (2 * share - 0.8).clamp(max=1) * F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+                    + (1.8 - 2 * share).clamp(min=0) * x)  # fmt: skip
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * draw(0.5, 1.4)
+    angle = draw(-0.3, 0.3)  # Rodrigues: a turn about the grey axis
+    x = x * angle.cos() + (x.roll(1, 1) - x.roll(-1, 1)) * angle.sin() / 3**0.5 + grey * (1 - angle.cos())
+    return (x * draw(0.7, 1.1) + draw(-0.15, 0.1)).clamp(-1, 1)

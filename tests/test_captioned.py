@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoints import load_model
-from ldm.data.captioned import Captioned, CaptionedFolder, Encoded
+from ldm.data.captioned import Captioned, CaptionedFolder, Encoded, fingerprint
 from ldm.data.emoji import entries, held_out_names, on_white, readable
 from ldm.denoisers import LatentDenoiser
 from ldm.newton_sampler import sample
@@ -104,6 +104,31 @@ def test_encoded_pictures_are_the_picture_s_and_its_mirror_s(folder):
     seen = {tuple(encoded[0][0].flatten().tolist()) for _ in range(20)}
     assert seen == {tuple(v[:, ::4, ::4].flatten().tolist()) for v in (x, x.flip(2))}
     assert encoded[1][1].item() == len("a green square")
+
+
+def test_encoded_images_are_kept_in_a_file_for_the_same_data_and_networks(folder, tmp_path):
+    data, network = CaptionedFolder(folder, 16), torch.nn.Linear(2, 2)
+    calls = []
+
+    def encode_images(x):
+        calls.append(len(x))
+        return x[:, :, ::4, ::4]
+
+    def encoded(**options):
+        return Encoded(data, encode_images, lambda texts: torch.tensor([[[len(t)]] for t in texts]).float(), **options)
+
+    file = tmp_path / "cache" / f"{fingerprint(data, network)}.safetensors"
+    first, second = encoded(file=file), encoded(file=file, mirrored=False)
+    assert len(calls) == 1 and torch.equal(first.latents, second.latents) and torch.equal(first.tokens, second.tokens)
+    assert (
+        all(torch.equal(second[0][0], data[0][0][:, ::4, ::4].half().float()) for _ in range(5)) and second.caption == first.caption
+    )
+    same, before = CaptionedFolder(folder, 16), fingerprint(data, network)
+    assert fingerprint(same, network) == before
+    same.captions[0] += "!"
+    assert fingerprint(same, network) != before
+    network.weight.data[0, 0] += 1
+    assert fingerprint(data, network) != before
 
 
 def test_emoji_captions():

@@ -1,3 +1,4 @@
+import csv
 import itertools
 import json
 import subprocess
@@ -11,9 +12,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.checkpoints import load_model
-from ldm.models.classifier import DigitClassifier
-from ldm.train import Batches, train
-from ldm.training import DiffusionTraining
+from ldm.data.emoji import held_out_names
+from ldm.models.classifier import DigitClassifier, EmojiClassifier
+from ldm.train import Batches, Checkpoints, train
+from ldm.training import DiffusionTraining, JudgeTraining, disturb
 from ldm.util import get_obj_from_str, instantiate_from_config, load_config, resolve_device
 
 
@@ -46,11 +48,14 @@ def small_config(steps, batch_size=20):
                      enable_progress_bar=False, enable_model_summary=False))  # fmt: skip
 
 
+def column(run, name):
+    """All values of one column, over all starts of a run."""
+    rows = [row for path in sorted(Path(run).glob("metrics/*/metrics.csv")) for row in csv.DictReader(path.open(newline=""))]
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
 def losses(run):
-    lines = "".join(p.read_text() for p in sorted(Path(run).glob("metrics/*/metrics.csv"))).splitlines()
-    header = lines[0].split(",")
-    column = header.index("loss")
-    return [float(line.split(",")[column]) for line in lines if line != lines[0] and line.split(",")[column] not in ("", "loss")]
+    return column(run, "loss")
 
 
 def test_training_learns_writes_and_resumes(tmp_path, capsys):
@@ -88,6 +93,57 @@ def test_resuming_is_bit_equal(tmp_path, monkeypatch):
     resumed = load_file(train(config, tmp_path / "run"))
     assert all(torch.equal(resumed[k], v) for k, v in straight.items())
     assert losses(tmp_path / "run")[-3:] == losses(tmp_path / "straight")[-3:]
+
+
+@pytest.mark.parametrize(("how", "step"), [("exception", 7), ("kill", 10), ("exception", 14)])
+def test_a_training_ends_by_itself_with_a_decay(tmp_path, monkeypatch, how, step):
+    """The held-out loss never falls: after two more checks (steps 4, 8, 12) the learning rate goes down to zero in six steps. The
+    same bit by bit where the process dies before, between, and after the last two checks, with a checkpoint of its own or not."""
+    config = small_config(100)
+    config["data"]["validation"] = {"a": {}, "b": {}}
+    config["training"]["params"] |= dict(decay=6, patience=2)
+    config["trainer"]["val_check_interval"] = 4
+    training_step = DiffusionTraining.training_step
+
+    def never_falls(self, batch, i, dataloader_idx=0):
+        self.log_held_out("val_loss", torch.tensor(1.0), dataloader_idx)
+
+    monkeypatch.setattr(DiffusionTraining, "validation_step", never_falls)
+    straight = load_file(train(config, tmp_path / "straight"))
+    assert torch.load(tmp_path / "straight/last.ckpt", weights_only=True)["course"]["decay_from"] == 12
+    rates = column(tmp_path / "straight", "lr-AdamW")
+    assert len(rates) == 18 and rates[5:13] == [0.002] * 8 and rates[13:] == pytest.approx([0.002 * i / 6 for i in (5, 4, 3, 2, 1)])
+    assert column(tmp_path / "straight", "val_loss_a") == column(tmp_path / "straight", "val_loss_b") == [1.0] * 5
+
+    def dying(self, batch, i):
+        if self.global_step == step:
+            raise MemoryError("killed")
+        return training_step(self, batch, i)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(DiffusionTraining, "training_step", dying)
+        if how == "kill":
+            patch.setattr(Checkpoints, "on_exception", lambda *args: None)
+        train(config, tmp_path / "run")
+    resumed = load_file(train(config, tmp_path / "run"))
+    assert all(torch.equal(resumed[k], v) for k, v in straight.items())
+    assert losses(tmp_path / "run")[-4:] == losses(tmp_path / "straight")[-4:]
+    assert column(tmp_path / "run", "step")[-4:] == column(tmp_path / "straight", "step")[-4:]
+
+
+def test_a_run_goes_on_from_another_s_checkpoint_to_its_decay(tmp_path):
+    """A constant rate without an end; its decay is another run, and the first can go on as if there had been none."""
+    config = small_config(8)
+    config["training"]["params"] |= dict(decay=4)
+    train(config, tmp_path / "run")
+    end = {**config, "begin": str(tmp_path / "run/last.ckpt"), "trainer": {**config["trainer"], "max_steps": 100}}
+    end["training"] = {**config["training"], "params": config["training"]["params"] | dict(decay_from=8)}
+    train(end, tmp_path / "end")
+    assert column(tmp_path / "end", "lr-AdamW") == pytest.approx([0.002 * i / 4 for i in (4, 3, 2, 1)])
+    config["trainer"]["max_steps"] = 12
+    again = load_file(train(config, tmp_path / "run"))
+    straight = load_file(train(config, tmp_path / "straight"))
+    assert all(torch.equal(again[k], v) for k, v in straight.items())
 
 
 def test_batches_depend_on_their_step_alone():
@@ -175,7 +231,7 @@ def test_a_config_may_stand_on_another():
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "clip", "unet", "flow"])
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "judge", "unet", "flow"])
 def test_the_tiny_configs_train(name, monkeypatch):
     """One optimiser step lowers the loss of a fixed batch, the same random numbers before and after."""
     config = OmegaConf.to_container(load_config(ROOT / f"configs/tiny/{name}.yaml"))
@@ -188,7 +244,8 @@ def test_the_tiny_configs_train(name, monkeypatch):
         task.empty = task.model.encode_prompts("")
         batch = torch.randn(4, 4, 16, 16), task.model.encode_prompts(captions)
     else:
-        batch = torch.rand(4, 3, 64, 64) * 2 - 1, captions
+        batch = torch.rand(4, 3, 64, 64) * 2 - 1, captions, ["Food & Drink", "Activities", "Smileys & Emotion", "Animals & Nature"]
+        batch = batch if name == "judge" else batch[:2]
     task.log = lambda *args, **kwargs: None
     task.eval()
     task._trainer = type("Trainer", (), {"global_step": 0, "global_rank": 0})()
@@ -204,6 +261,21 @@ def test_configs_with_the_old_place_of_the_tasks_still_work():
         assert get_obj_from_str("ldm.train.DiffusionTraining") is DiffusionTraining
     with pytest.raises(ValueError, match="ldm.train.Diffusion"):
         get_obj_from_str("ldm.train.Diffusion")
+
+
+def test_the_judge_s_disturbances_and_labels():
+    """Each image is disturbed in its own way, seeded and in range; names that the judge does not know count for no loss."""
+    x = torch.rand(4, 3, 64, 64) * 2 - 1
+    a, b = (disturb(x, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(a, b) and a.abs().max() <= 1 and (a - x).abs().mean((1, 2, 3)).min() > 0.05
+    white = disturb(torch.ones(50, 3, 8, 8), torch.Generator().manual_seed(0))
+    assert (white.amax((1, 2, 3)) - white.amin((1, 2, 3))).max() < 1e-5  # only the brightness of a white image changes
+    model = EmojiClassifier(ROOT / "configs/tiny/names.txt", width=8)
+    task = JudgeTraining(model)
+    own, of = task.labels(["tiger", "hedgehog"], ["Animals & Nature"] * 2)
+    assert model.names[own[0]] == "tiger" and own[1] == -100 and of.tolist() == [1, 1]
+    assert not set(model.names) & set(held_out_names())
+    assert [logits.shape for logits in model(x)] == [(4, 1503), (4, 8)] and model.features(x).shape == (4, 256)
 
 
 def test_the_decoder_alone_can_be_trained():

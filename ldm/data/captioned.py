@@ -1,5 +1,6 @@
 """Images with captions: the base class, a user's own folder, and what a latent diffusion model makes of them in advance."""
 
+import hashlib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.captions import find_captions
 from ldm.images import from_uint8, on_white, open_image
+from ldm.util import atomic_write
 
 
 class Captioned(Dataset):
@@ -81,28 +84,58 @@ class CaptionedFolder(Captioned):
 
 
 class Encoded(Captioned):
-    """(latent mean [C, h, w], tokens [M, D]) of a captioned dataset's images, each also mirrored: half of all looks.
+    """(latent mean [C, h, w], tokens [M, D]) of a captioned dataset's images; `mirrored`: half of all looks see the mirror image.
 
     encode_images: [B, 3, H, W] -> [B, C, h, w]; encode_prompts: list of strings -> [B, M, D]. Everything is computed once, and
-    held in memory in float16.
+    held in memory in float16. file: a safetensors file that it is read from if it is there, and written to otherwise; its name
+    is to depend on all that it is made of (`fingerprint`).
     """
 
-    @torch.no_grad()
-    def __init__(self, dataset, encode_images, encode_prompts, batch=64):
+    def __init__(self, dataset, encode_images, encode_prompts, batch=64, mirrored=True, file=None):
         super().__init__(dataset.groups)
-        number = max(i for group in dataset.groups for i in group) + 1
-        latents, captions = [], []
-        for start in tqdm(range(0, number, batch), "encoding images", delay=2):
-            images, texts = zip(*(dataset.item(i) for i in range(start, min(start + batch, number))), strict=True)
-            x = torch.stack(images)
-            latents.append(encode_images(torch.cat([x, x.flip(3)])).unflatten(0, (2, -1)).transpose(0, 1).half().cpu())
-            captions += texts
-        self.latents = torch.cat(latents)  # [N, 2, C, h, w]
-        unique = list(dict.fromkeys(captions))
-        place = {caption: i for i, caption in enumerate(unique)}
-        self.caption = [place[caption] for caption in captions]
-        parts = [unique[i : i + batch] for i in range(0, len(unique), batch)]
-        self.tokens = torch.cat([encode_prompts(part).half().cpu() for part in tqdm(parts, "encoding captions", delay=2)])
+        self.mirrored = mirrored
+        if file is not None and Path(file).is_file():
+            stored = load_file(file)
+        else:
+            stored = encode(dataset, encode_images, encode_prompts, batch)
+            if file is not None:
+                with atomic_write(file) as temporary:
+                    save_file(stored, temporary)
+        self.latents, self.tokens, self.caption = stored["latents"], stored["tokens"], stored["caption"].tolist()
 
     def item(self, i):
-        return self.latents[i, torch.randint(2, ())].float(), self.tokens[self.caption[i]].float()
+        mirror = torch.randint(2, ()) if self.mirrored else 0
+        return self.latents[i, mirror].float(), self.tokens[self.caption[i]].float()
+
+
+@torch.no_grad()
+def encode(dataset, encode_images, encode_prompts, batch):
+    """{latents [N, 2, C, h, w] of all images and their mirror images, tokens [K, M, D] of the different captions, caption [N]: the
+    number of each image's caption among them}."""
+    number = max(i for group in dataset.groups for i in group) + 1
+    latents, captions = [], []
+    for start in tqdm(range(0, number, batch), "encoding images", delay=2):
+        images, texts = zip(*(dataset.item(i) for i in range(start, min(start + batch, number))), strict=True)
+        x = torch.stack(images)
+        latents.append(encode_images(torch.cat([x, x.flip(3)])).unflatten(0, (2, -1)).transpose(0, 1).half().cpu())
+        captions += texts
+    unique = list(dict.fromkeys(captions))
+    place = {caption: i for i, caption in enumerate(unique)}
+    parts = [unique[i : i + batch] for i in range(0, len(unique), batch)]
+    tokens = [encode_prompts(part).half().cpu() for part in tqdm(parts, "encoding captions", delay=2)]
+    return {"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens).contiguous(),
+            "caption": torch.tensor([place[caption] for caption in captions])}  # fmt: skip
+
+
+def fingerprint(dataset, *networks):
+    """A string that depends on every image and caption of a captioned dataset, and on the weights of the networks."""
+    digest = hashlib.sha256()
+    for i in range(max(i for group in dataset.groups for i in group) + 1):
+        image, caption = dataset.item(i)
+        digest.update(image.contiguous().numpy().tobytes())
+        digest.update(caption.encode() + b"\0")
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]

@@ -110,6 +110,13 @@ class Emoji(Captioned):
         return from_uint8(self.images[i]), self.captions[i]
 
 
+class LabelledEmoji(Emoji):
+    """(image, name, category): what the judge learns from."""
+
+    def item(self, i):
+        return from_uint8(self.images[i]), self.names[i], self.categories[i]
+
+
 def sample_emoji():
     """32 held-out pictures: (images [32, 3, 64, 64] in [-1, 1], captions); 16 names in Noto's style, then in Fluent 3D's."""
     images = load_image(SAMPLE).unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE)[0].permute(1, 2, 0, 3, 4).flatten(0, 1)

@@ -1,6 +1,8 @@
-"""A small digit classifier: the judge of MNIST samples, never a part of sampling."""
+"""Small classifiers, of digits and of emoji: the judges of samples, never a part of sampling."""
 
 from torch import Tensor, nn
+
+from ldm.util import resolve_path
 
 
 class DigitClassifier(nn.Module):
@@ -22,3 +24,33 @@ class DigitClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))  # [B, classes] logits
+
+
+class EmojiClassifier(nn.Module):
+    """CNN for [B, 3, 64, 64] images in [-1, 1]: (logits of the names [B, N], of the categories [B, 8]). `features` [B, 256] is the
+    space in which kernel distances are measured; `names` and `categories` are what the logits stand for.
+
+    names: a text file with one name a line, here or in the repository.
+    """
+
+    categories = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion", "Symbols",
+                  "Travel & Places")  # fmt: skip
+
+    def __init__(self, names, width=48):
+        super().__init__()
+        self.names = resolve_path(names).read_text(encoding="utf-8").splitlines()
+
+        def block(c_in, c_out, stride):
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU(),
+                nn.Conv2d(c_out, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())  # fmt: skip
+
+        self.features = nn.Sequential(
+            nn.Conv2d(3, width, 5, stride=2, padding=2), nn.SiLU(),  # [B, width, 32, 32]
+            block(width, width, 2), block(width, 2 * width, 2), block(2 * width, 4 * width, 2),  # [B, 4 width, 4, 4]
+            nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * width, 256), nn.SiLU())  # fmt: skip
+        self.name, self.category = nn.Linear(256, len(self.names)), nn.Linear(256, len(self.categories))
+
+    def forward(self, x):
+        features = self.features(x)
+        return self.name(features), self.category(features)
