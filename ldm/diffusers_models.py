@@ -21,6 +21,7 @@ from einops import rearrange
 
 from ldm.denoisers import LatentDenoiser
 from ldm.diffusers_schedules import REVERSED, read_scheduler
+from ldm.images import check_finite
 from ldm.util import resolve_device
 
 
@@ -147,10 +148,12 @@ class PipelineModel:
         return (z.to(images) - mean) / std
 
     def decode(self, z):
-        """Latents z [B, channels, h, w] -> pictures [B, 3, f h, f w], about -1 .. 1, not clipped. Differentiable."""
+        """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped. Differentiable.
+        FloatingPointError where a value is NaN or infinite."""
         mean, std = self.latent_statistics(z)
         with ordinary_tensors():
-            return self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample.to(z)
+            image = self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample
+        return check_finite(image.to(z), "the decoder's image")
 
     def latent_statistics(self, like):
         """What takes the autoencoder's latents to unit variance: (z - mean) / std."""

@@ -94,7 +94,7 @@ class Separable(Operator):
         """R, C, R^+ and C^+ in x's dtype on x's device, converted once and not at every call."""
         if not self._cached or self._cached[0].dtype != x.dtype or self._cached[0].device != x.device:
             with torch.inference_mode(False):  # ordinary tensors even where the first call is the sampler's
-                inverses = (torch.linalg.pinv(m.double(), rtol=1e-2) for m in (self.rows, self.columns))
+                inverses = (torch.linalg.pinv(m.cpu().double(), rtol=1e-2) for m in (self.rows, self.columns))
                 self._cached = tuple(m.to(x) for m in (self.rows, self.columns, *inverses))
         return self._cached
 

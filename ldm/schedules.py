@@ -173,8 +173,8 @@ class DiffusionSchedule(Schedule):
     def add_noise(self, x0, t, noise):
         """x_t = alpha_t x_0 + sigma_t noise for training: integer times t [B], each sample its own. Returns (x_t, alpha, sigma),
         alpha and sigma of shape [B, 1, 1, ...] in x0's dtype."""
-        abar = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (x0.ndim - 1))
-        alpha, sigma = abar.sqrt().to(x0.dtype), (1 - abar).sqrt().to(x0.dtype)
+        levels = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()]).to(x0.dtype)
+        alpha, sigma = levels.to(x0.device)[:, t].view(2, -1, *[1] * (x0.ndim - 1))  # no float64 on devices without it
         return alpha * x0 + sigma * noise, alpha, sigma
 
 

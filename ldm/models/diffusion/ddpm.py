@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldm.denoisers import PREDICTIONS
+from ldm.images import check_finite
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.labels import class_labels
 from ldm.schedules import DiffusionSchedule, FlowSchedule, make_beta_schedule
@@ -187,8 +188,9 @@ class LatentDiffusion(DDPM):
         return float(self.scale_factor) * z
 
     def decode(self, z):
-        """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped."""
-        return self.first_stage_model.decode(z / float(self.scale_factor))
+        """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped. FloatingPointError where a value
+        is NaN or infinite."""
+        return check_finite(self.first_stage_model.decode(z / float(self.scale_factor)), "the decoder's image")
 
     def encode_prompts(self, prompts):
         """The condition of the network, from a string or a list of B strings, "" being the empty prompt (text), from class labels
