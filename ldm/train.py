@@ -117,7 +117,7 @@ def main(argv=None):
 def check_config(config):
     """ValueError, which suggests the right one, for keys that no part of the training would read."""
     check_keys(config, KEYS, "")
-    check_keys(config["data"], ("target", "params", "folder", "size"), "data.")
+    check_keys(config["data"], ("target", "params", "folder", "size", "validation"), "data.")
     check_keys(config["trainer"], inspect.signature(pl.Trainer).parameters, "trainer.")
     for part in ("model", "training"):
         check_keys(config[part], ("target", "params"), f"{part}.")
