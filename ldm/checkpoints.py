@@ -14,8 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.kinds import infer_config, published_names
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.tensor_files import Stored, index
 from ldm.util import ROOT, instantiate_from_config, load_config, moved, resolve_device
-from ldm.weights import index, index_parts, match
+from ldm.weights import index_own_parts, index_parts, match, respelled
 
 Config: TypeAlias = str | Path | Mapping[str, Any] | DictConfig  # a yaml file's path, or what is in it
 SHIPPED = {  # name: (config, weights)
@@ -26,9 +28,9 @@ SHIPPED = {  # name: (config, weights)
     "tiny-autoencoder": ("configs/tiny/autoencoder.yaml", "checkpoints/tiny/autoencoder.safetensors"),
     "tiny-clip": ("configs/tiny/clip.yaml", "checkpoints/tiny/clip.safetensors"),
 }
-SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 # Names that were here in version 0.1.
-__getattr__ = moved("ldm.checkpoints", "ldm.weights", "save_weights load_parts Stored check_schedule RECOMPUTED TRAINING_ONLY")
+__getattr__ = moved("ldm.checkpoints", "ldm.weights", "save_weights load_parts Stored check_schedule RECOMPUTED")
 
 
 def load_model(
@@ -37,12 +39,16 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     prediction: str | None = None,
+    *,
+    ema: bool | str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
+    variant: str | None = None,
 ) -> Any:
     """A pre-trained model: in eval mode, without gradients, its 4-D weights channels-last.
 
     source      a shipped model (a key of SHIPPED; "tiny" is a small text-to-image model of the kind of Stable Diffusion)
-                or the path of a .ckpt, .pt or .safetensors file; or a folder that diffusers has saved a pipeline to, which
-                then is the model of `ldm.diffusers_models.from_diffusers`
+                or the path of a .ckpt, .pt, .pth, .bin or .safetensors file; or a folder that diffusers has saved a
+                pipeline to, which then is the model of `ldm.diffusers_models.from_diffusers`
     config      path of a yaml file, or a dict or OmegaConf: {model: {target, params}}. None: of the shipped model, or
                 found out from the file's tensors (`ldm.kinds`: Stable Diffusion v1 and v2, ADM, latent diffusion on faces,
                 ImageNet and LSUN, autoencoders). Its `parts` name files for those parts of the model that the source
@@ -51,39 +57,52 @@ def load_model(
     dtype       of the weights: float32 (None), torch.float16 or torch.bfloat16. What goes in and comes out stays
                 float32, and the noise schedule float64
     prediction  "eps" or "v", what the network predicts, instead of the config's. Needed for Stable Diffusion v2
-                without config: its 512 base models (eps) and its 768 models (v) have the same tensors
+                without config: its 512 base models (eps) and its 768 models (v) have the same tensors. None: "v" where the
+                file says so (v_pred, ztsnr)
+    ema         "auto": averaged weights where the file holds any, which must be near the plain ones; True: averaged ones
+                in any case; False: the plain ones
+    parts       {part of the model: path of a file}, whose tensors are taken instead of the source's: a fine-tuned
+                autoencoder is {"first_stage_model": "vae.safetensors"}, a text encoder {"cond_stage_model": ...}
+    variant     of the weights in a diffusers folder ("fp16"); None: the plain ones, or the only variant there is
 
-    Nothing of the file is executed. Of a file with averaged weights (model_ema.*), these are used. Raises
-    FileNotFoundError, or ValueError for a file that cannot be read, does not fit the model in any name or shape, or
-    holds NaN or infinity.
+    Nothing of the file is executed. Tensors that are known to be without a use are ignored, and named. Raises
+    FileNotFoundError, or ValueError for a file that cannot be read, is of another kind, does not fit the model in any name
+    or shape, or holds NaN or infinity.
     """
     device = resolve_device(device)
     dtype = torch.float32 if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.float16, torch.bfloat16 or None")
     if (Path(source).expanduser() / "model_index.json").is_file():
-        if config is not None:
-            raise ValueError(f"config was given, but {source} is a diffusers pipeline, which has its own: leave config out")
+        for name, value in {"config": config, "parts": parts}.items():
+            if value is not None:
+                raise ValueError(f"{name} was given, but {source} is a diffusers pipeline with its own: leave {name} out")
         from ldm.diffusers_models import from_diffusers  # takes seconds to import
 
-        return from_diffusers(Path(source).expanduser(), prediction=prediction, device=device, dtype=dtype)
+        return from_diffusers(Path(source).expanduser(), prediction=prediction, device=device, dtype=dtype, variant=variant)
     path, config = locate(source, config)
-    stored = published_names(index(path))
+    stored = respelled(published_names(index(path)))
+    prediction, more = predicted(stored, prediction)
     config = infer_config(path, stored, prediction) if config is None else config
-    overrides = {} if prediction is None else {"parameterization": prediction}
-    model_config, parts = read_config(config)
-    stored = index_parts(parts) | stored
+    overrides = more if prediction is None else more | {"parameterization": prediction}
+    model_config, config_parts = read_config(config)
     with torch.device("meta"):
         model = instantiate_from_config(model_config, **overrides)
     expected = model.state_dict(keep_vars=True)
-    names = match(path, stored, expected)
+    stored = index_parts(config_parts) | stored
+    if parts:
+        replaced = tuple(f"{part.removesuffix('.')}." for part in parts)
+        stored = {k: v for k, v in stored.items() if not k.startswith(replaced)} | index_own_parts(parts, model)
+    unused = unused_names(model)
+    names = match(path, stored, expected, ema, unused)
 
-    tensors = {}
+    tensors = {name: torch.zeros(expected[name].shape, dtype=dtype, device=device) for name in unused - set(names)}
     for name, name_in_file in tqdm(names.items(), f"loading {path.name}", unit=" tensors", delay=1, leave=False):
         own, value = expected[name], stored[name_in_file].read()
         to = dtype if isinstance(own, nn.Parameter) else own.dtype
+        value = value.float() if value.dtype.is_floating_point and value.itemsize == 1 else value
         if to.is_floating_point and not all(abs(x) <= torch.finfo(to).max for x in torch.aminmax(value)):
-            raise ValueError(f"{path}: the tensor {name_in_file} holds NaN or infinity (as {to})")
+            raise ValueError(f"{stored[name_in_file].path}: the tensor {name_in_file} holds NaN or infinity (as {to})")
         layout = torch.channels_last if own.ndim == 4 else torch.preserve_format
         tensors[name] = value.to(device=device, dtype=to, copy=True, memory_format=layout)
     model.load_state_dict(tensors, strict=False, assign=True)  # `match` was strict
@@ -96,6 +115,25 @@ def load_model(
     if "scale_factor" in stored and "scale_factor" not in expected:
         model.scale_factor = stored["scale_factor"].read().item()
     return model.to(device).eval().requires_grad_(False)
+
+
+def predicted(stored: Mapping[str, Stored], prediction: str | None) -> tuple[str | None, dict[str, Any]]:
+    """(prediction, further arguments of the model) by the marks that v-prediction models carry in their files.
+
+    `v_pred` is one, and `ztsnr` where the noise schedule ends at pure noise. A prediction that was given wins."""
+    marked = "v_pred" in stored or "ztsnr" in stored
+    return prediction or ("v" if marked else None), {"zero_terminal_snr": True} if "ztsnr" in stored else {}
+
+
+def unused_names(model: nn.Module) -> set[str]:
+    """The names in the state dict of what a model's text encoder has but never reads (`TextEncoder.unused`)."""
+    if not isinstance(model, LatentDiffusion) or model.cond_stage_model is None:
+        return set()
+    from ldm.modules.encoders.modules import TextEncoder  # takes seconds to import, but for models with one
+
+    encoder = model.cond_stage_model
+    prefixes = tuple(f"cond_stage_model.{name}" for name in encoder.unused) if isinstance(encoder, TextEncoder) else ()
+    return {name for name in model.state_dict() if name.startswith(prefixes)} if prefixes else set()
 
 
 def locate(source: str | Path, config: Config | None) -> tuple[Path, Config | None]:

@@ -11,6 +11,7 @@ thresholding of x0, safety checker, watermark) is not part of D.
 """
 
 import math
+import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -310,19 +311,38 @@ FAMILIES = {  # pipeline's class: (adapter, the prediction where the configs do 
 }  # fmt: skip
 
 
-def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, **kwargs):
+def only_variant(folder):
+    """The variant ("fp16") of the weights in a pipeline's folder where some component has no plain ones; None: all have."""
+    variants, plain = set(), True
+    for component in (path for path in Path(folder).iterdir() if path.is_dir()):
+        files = [path.name for path in component.iterdir() if path.suffix in (".safetensors", ".bin")]
+        found = [re.fullmatch(r"[^.]+?(?:\.([a-z]\w*))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", name) for name in files]
+        own = {match[1] for match in found if match}
+        plain = plain and (None in own or not own)
+        variants |= own if None not in own else set()
+    if len(variants) > 1:
+        raise ValueError(f"{folder} holds no plain weights, but several variants: give variant={' or '.join(sorted(variants))}")
+    return None if plain else variants.pop()
+
+
+def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, variant=None, **kwargs):
     """A diffusers pipeline as a model for the sampler: a PipelineModel.
 
     source      a pipeline object, (unet, scheduler) of a pixel model, or a path or hub name for DiffusionPipeline.from_pretrained,
-                with further arguments `kwargs` (variant, custom_pipeline ...)
+                with further arguments `kwargs` (custom_pipeline ...)
     size        (height, width) of the pictures, in pixels; None: the pipeline's own. Noise levels of flows may depend on it
     prediction  "eps", "v", "x0", "velocity" (eps - x0) or "-velocity" (x0 - eps: InstaFlow loaded as a plain
                 StableDiffusionPipeline) instead of the scheduler's prediction_type
+    variant     of the weights, "fp16"; None: the plain ones, or in a folder the only variant there is
     device, dtype   None: where and what the pipeline is; of a path or name "auto" and float32
 
     ValueError, naming it, for a pipeline, scheduler, component or prediction type that is not supported.
     """
     if isinstance(source, (str, Path)):
+        source = Path(source).expanduser() if Path(source).expanduser().is_dir() else source
+        if isinstance(source, Path) and variant is None:
+            variant = only_variant(source)
+        kwargs |= {} if variant is None else {"variant": variant}
         with warnings.catch_warnings():  # the newer name of the argument is unknown to older versions, which would ignore it
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
             pipeline = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32, **kwargs)

@@ -7,16 +7,43 @@
 Only a few shapes are looked at here. Whether all of them fit is for `ldm.weights.match` to say.
 """
 
+import re
 from functools import cache
 from itertools import count
 from typing import NamedTuple
 
+from ldm.tensor_files import some
 from ldm.util import ROOT, load_config
-from ldm.weights import some
 
 UNET = "model.diffusion_model."
 # Kinds of Stable Diffusion that do more than text to image, by the channels that their U-Net takes.
 OTHER_KINDS = {5: "a depth-conditioned", 7: "an upscaling", 8: "an instruction-editing", 9: "an inpainting"}
+
+FOLDER = "in diffusers, {}.from_single_file(file).save_pretrained(folder) makes a folder of it, which load_model takes"
+MERGE = (
+    "merge it into its model: in diffusers pipeline.load_lora_weights(file), pipeline.fuse_lora(), then from_diffusers(pipeline)"
+)
+PART = 'give it next to the model that it belongs to, load_model(model, parts={{"{}": file}})'
+# Files of other kinds: (how the name of a tensor begins that tells, what the file is, what to do).
+OTHER_FILES = [
+    (r"conditioner\.embedders\.1\.|.*\.add_embedding\.", "a Stable Diffusion XL model", FOLDER.format("StableDiffusionXLPipeline")),
+    (r"conditioner\.embedders\.0\.", "a Stable Diffusion XL refiner", "give the base model, as a diffusers folder"),
+    (r"(model\.diffusion_model\.)?joint_blocks\.", "a Stable Diffusion 3 model", FOLDER.format("StableDiffusion3Pipeline")),
+    (r"(model\.diffusion_model\.)?double_blocks\.", "a FLUX model", FOLDER.format("FluxPipeline")),
+    (r".*(lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down)\.|.*\.(hada_w1_a|lokr_w1|oft_blocks)", "a LoRA", MERGE),
+    (r"control_model\.|.*controlnet_(cond_embedding|down_blocks)\.", "a ControlNet",
+     "give its base model: constraints need no ControlNet"),
+    (r".*motion_modules\.|.*\.time_stack\.", "a video model", "only image models can be loaded"),
+    (r"emb_params$|\*$|clip_[lg]$|<.*>$", "a textual-inversion embedding",
+     "give a model; in diffusers pipeline.load_textual_inversion(file) adds it to one"),
+    (r"image_proj(_model)?\.", "an IP-Adapter", "give its base model"),
+    (r"(encoder|decoder)\.(down|up)_blocks\.0\.", "an autoencoder in diffusers' format",
+     "give its pipeline's folder, or set pipeline.vae and call from_diffusers(pipeline)"),
+    (r"down_blocks\.0\.(resnets|attentions)\.", "a U-Net in diffusers' format",
+     "give the folder of its whole pipeline, with model_index.json"),
+    (r"(cond_stage_model\.)?(transformer\.)?text_model\.encoder\.layers\.0\.|(model\.)?transformer\.resblocks\.0\.",
+     "a text encoder alone", PART.format("cond_stage_model")),
+]  # fmt: skip
 
 
 class Signature(NamedTuple):
@@ -39,12 +66,16 @@ def published_names(stored):
 def infer_config(path, stored, prediction=None):
     """The config that the tensors of a file belong to: the path of a yaml file, or for an autoencoder a dict.
 
-    stored: {name: Stored} as `ldm.weights.index` and `published_names` give it; prediction: "eps", "v" or None, for Stable
+    stored: {name: Stored} as `ldm.tensor_files.index` and `published_names` give it; prediction: "eps", "v" or None, for Stable
     Diffusion v2. ValueError, saying what the file is, where it is of no known kind.
     """
     if "encoder.conv_in.weight" in stored and "decoder.conv_in.weight" in stored:
         return autoencoder_config(shapes_of(stored))
     first = stored.get(UNET + "input_blocks.0.0.weight")
+    for pattern, kind, advice in OTHER_FILES:
+        whole = first is not None and pattern.startswith("(cond_stage_model")  # a part of many models
+        if not whole and any(re.match(pattern, name) for name in stored):
+            raise ValueError(f"{path} is {kind}: {advice}")
     if first is None:
         raise ValueError(f"{path} holds no U-Net under model.diffusion_model and no autoencoder ({some(stored)}): give its config")
     signature = unet_signature(shapes_of(stored))

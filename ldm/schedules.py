@@ -42,6 +42,18 @@ def make_beta_schedule(schedule, n_timestep, linear_start=1e-4, linear_end=2e-2,
     raise ValueError(f'beta_schedule = {schedule!r}: known are "linear", "sqrt_linear" and "cosine"')
 
 
+def with_zero_terminal_snr(betas: Tensor, last: float = 4.8973451890853435e-08) -> Tensor:
+    """The betas [T] of the schedule that ends at (nearly) pure noise (Lin et al. 2023, algorithm 1).
+
+    sqrt(abar) is shifted and scaled to end at zero, with the same start. The last abar is then `last`, as in the programs that
+    write such models: alpha stays above zero.
+    """
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    abar = torch.cat([abar[:-1], abar.new_tensor([last])])
+    return torch.cat([1 - abar[:1], 1 - abar[1:] / abar[:-1]])
+
+
 class Schedule(ABC):
     """What diffusion and flow schedules share: the step between two levels, and levels in equal ratios."""
 

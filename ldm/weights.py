@@ -1,40 +1,56 @@
-"""Weights on disk: safetensors and published .ckpt files, read strictly and without executing anything.
+"""The tensors of a file as those of a model: matched strictly by name and shape, and saved.
 
-A file is indexed first (names, shapes, dtypes, and where the data lie) and compared with the model's own names and shapes.
-Then one tensor after the other is mapped into memory, converted and put in its place (`ldm.checkpoints.load_model`).
+Nothing that belongs to the model is dropped silently. What published files spell in several ways, what they hold without a use here
+and what they may lack stands in the tables below.
 """
 
-import json
 import re
-import struct
-import sys
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ldm.commands import suggestion
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS
+from ldm.tensor_files import Stored, index, some
 from ldm.util import atomic_write, resolve_path
 
 # What a file may hold without being loaded, or lack: what the model computes itself, and what only training needs.
 RECOMPUTED = re.compile(rf"{'|'.join(SCHEDULE_BUFFERS)}|(.*\.)?position_ids")
-TRAINING_ONLY = re.compile(r"(first_stage_model\.)?loss\..*|model_ema\.(decay|num_updates)|logvar|scale_factor")
-# Python's modules whose classes honest checkpoints mention; a stub takes their place. Any other of them is an alarm.
-DATA_MODULES = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools",
-                "logging", "pathlib", "re", "types", "typing", "uuid"}  # fmt: skip
-DATA_BUILTINS = {"bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "range", "slice", "str",
-                 "tuple"}  # fmt: skip
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+TRAINING_ONLY = re.compile(
+    r"(first_stage_model\.)?loss\..*|model_ema\.(decay|num_updates)|ema\.(decay|num_updates|step|initted)|logvar|scale_factor"
+    r"|n_averaged|global_step|epoch|iteration"
+)
+# What other programs leave in a file, without a use here: named in a notice, and ignored.
+USELESS = re.compile(
+    r"v_pred|ztsnr|edm_(mean|std|vpred\..*)|cond_stage_model\.(model\.|transformer\.(text_model\.)?)?(logit_scale|text_projection(\.weight)?)"
+    r"|embedding_manager\..*|safety_checker\..*|cond_stage_model\.(model\.visual|transformer\.vision_model)\..*|denoiser\.sigmas"
+)
+# Other spellings of a name: of torch.compile, of data-parallel training, of text encoders that web interfaces wrap or rename.
+SPELLINGS = [
+    (re.compile(r"\b_orig_mod\."), ""),
+    (re.compile(r"^module\."), ""),
+    (re.compile(r"^(cond_stage_model\.)wrapped\."), r"\1"),
+    (re.compile(r"^(cond_stage_model\..*token_embedding)\.wrapped\."), r"\1."),
+    (re.compile(r"^(cond_stage_model\.transformer)\.(embeddings|encoder|final_layer_norm)\."), r"\1.text_model.\2."),
+]
+# The name of a parameter's average in a file.
+AVERAGES: list[Callable[[str], str]] = [
+    lambda name: "model_ema." + name.removeprefix("model.").replace(".", ""),  # the published one
+    lambda name: "model_ema." + name.removeprefix("model."),
+    lambda name: "model_ema." + name,
+    lambda name: "ema." + name,
+    lambda name: "ema_model." + name,
+]
+AVERAGE = re.compile(r"(model_ema|ema|ema_model)\..*")
+# What the file of a part alone may hold besides: its training, the other half of CLIP.
+IN_PARTS = re.compile(
+    r"loss\..*|(model_)?ema.*|(.*\.)?position_ids|(model\.|transformer\.)?(visual|vision_model)\..*"
+    r"|(model\.|transformer\.)?(text_model\.)?(logit_scale|visual_projection.*|text_projection.*)"
+)
+FAR = 0.5  # relative distance at which averages no longer belong to the plain weights
 
 
 def save_weights(model: nn.Module, path: str | Path, dtype: torch.dtype, without: Iterable[str] = ()) -> None:
@@ -46,21 +62,44 @@ def save_weights(model: nn.Module, path: str | Path, dtype: torch.dtype, without
         save_file(tensors, temporary)
 
 
-def match(path: Path, stored: Mapping[str, "Stored"], expected: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """{name in the model: name in the file} of all tensors to load; one ValueError lists all that does not fit."""
-    ema = [k for k in stored if k.startswith("model_ema.") and not TRAINING_ONLY.fullmatch(k)]
-    if ema:
-        print(f"{path.name} holds averaged (EMA) weights of the U-Net: these are used")
+def respelled(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of a file by the names that models have. A name that is there in both spellings stays."""
     names = {}
-    for name, own in expected.items():
-        averaged = bool(ema) and name.startswith("model.") and isinstance(own, nn.Parameter)
-        if not RECOMPUTED.fullmatch(name):
-            names[name] = "model_ema." + name.removeprefix("model.").replace(".", "") if averaged else name
+    for name in stored:
+        new = name
+        for pattern, replacement in SPELLINGS:
+            new = pattern.sub(replacement, new)
+        names[name] = new if new not in stored else name
+    return {names[name]: tensor for name, tensor in stored.items()}
 
-    missing = [k for k in names.values() if k not in stored]
-    known = {*names, *names.values()}
+
+def match(
+    path: Path,
+    stored: Mapping[str, Stored],
+    expected: Mapping[str, torch.Tensor],
+    ema: bool | str = "auto",
+    unused: Collection[str] = (),
+) -> dict[str, str]:
+    """{name in the model: name in the file} of all tensors to load; one ValueError lists all that does not fit.
+
+    stored    {name: Stored} of the file
+    expected  the model's state dict, with its Parameters
+    ema       "auto": averages of the parameters where the file has any, which must belong to the plain weights; True: averages,
+              without that test; False: plain weights
+    unused    names in the model whose values nothing depends on: they may be missing
+    """
+    names = {name: name for name in expected if not RECOMPUTED.fullmatch(name)}
+    averages = averaged_names(path, stored, expected, ema)
+    names |= averages
+
+    missing = [k for name, k in names.items() if k not in stored and name not in unused]
+    names = {name: k for name, k in names.items() if k in stored or name not in unused}
+    known = {*expected, *names.values()}
     known |= {k for k in stored if RECOMPUTED.fullmatch(k) or TRAINING_ONLY.fullmatch(k)}
-    unexpected = [k for k in stored if k not in known]
+    if averages or ema is False:
+        known |= {k for k in stored if AVERAGE.fullmatch(k) and (ema is False or k in averages.values())}
+    useless = [k for k in stored if k not in known and USELESS.fullmatch(k)]
+    unexpected = [k for k in stored if k not in known and k not in useless]
     shapes = {k: (list(stored[k].meta.shape), list(expected[n].shape)) for n, k in names.items() if k in stored}
     misshaped = [f"{k} {found} instead of {needed}" for k, (found, needed) in shapes.items() if found != needed]
     lists = {"missing tensors": missing, "unexpected tensors": unexpected, "tensors of another shape": misshaped}
@@ -69,48 +108,58 @@ def match(path: Path, stored: Mapping[str, "Stored"], expected: Mapping[str, tor
         raise ValueError(
             f"{path} does not fit the config{', its U-Net is of another architecture' if unet else ''}:" + "".join(problems)
         )
+    if useless:
+        print(f"{path.name} holds tensors without a use here, which are ignored: {some(useless)}")
+    if averages and ema == "auto":
+        check_averages(path, stored, averages)
     check_schedule(path, stored, expected)
     return names
 
 
-def check_schedule(path: Path, stored: Mapping[str, "Stored"], expected: Mapping[str, torch.Tensor]) -> None:
+def averaged_names(
+    path: Path, stored: Mapping[str, Stored], expected: Mapping[str, torch.Tensor], ema: bool | str
+) -> dict[str, str]:
+    """{name in the model: name of its average in the file}, {} where plain weights are to be loaded."""
+    if ema not in (True, False, "auto"):
+        raise ValueError(f'ema = {ema!r}: give True, False or "auto"')
+    if ema is False:
+        return {}
+    found = [k for k in stored if AVERAGE.fullmatch(k) and not TRAINING_ONLY.fullmatch(k)]
+    if not found:
+        if ema is True:
+            raise ValueError(f'ema = True, but {path} holds no averaged (EMA) weights: give ema=False or "auto"')
+        return {}
+    parameters = [name for name, own in expected.items() if isinstance(own, nn.Parameter)]
+    spelling = max(AVERAGES, key=lambda spelling: sum(spelling(name) in stored for name in parameters))
+    print(f"{path.name} holds averaged (EMA) weights: these are used (ema=False takes the plain ones)")
+    return {name: spelling(name) for name in parameters if name.startswith("model.") or spelling(name) in stored}
+
+
+def check_averages(path: Path, stored: Mapping[str, Stored], averages: Mapping[str, str]) -> None:
+    """ValueError where averages are not near the plain weights of the file: left behind by a merge, or never filled.
+
+    A sample of the larger tensors is compared. A file without plain weights, or with zeros in their place, passes."""
+    pairs = [(name, k) for name, k in averages.items() if name in stored and stored[name].meta.ndim > 1]
+    distance = size = 0.0
+    for name, k in pairs[:: max(1, len(pairs) // 24)]:
+        plain, average = (stored[k].read().double() for k in (name, k))
+        distance, size = distance + (average - plain).square().sum().item(), size + plain.square().sum().item()
+    if size and not (ratio := (distance / size) ** 0.5) <= FAR:
+        raise ValueError(
+            f"{path}: its averaged (EMA) weights do not belong to its plain ones (they differ by {ratio:.0%}), as after a merge: "
+            "give ema=False for the plain weights, or ema=True for the averages"
+        )
+
+
+def check_schedule(path: Path, stored: Mapping[str, Stored], expected: Mapping[str, torch.Tensor]) -> None:
     """The file's noise schedule is not loaded (the model's own is exact), but has to be the same."""
-    if "betas" in stored and "betas" in expected:
+    if "betas" in stored and "betas" in expected and "ztsnr" not in stored:  # which changes the schedule that stands there
         found, own = stored["betas"].read().double(), expected["betas"].double()
         if found.shape != own.shape or not torch.allclose(found, own, rtol=1e-2):
             raise ValueError(
                 f"{path} was trained with another noise schedule ({len(found)} betas, {found[0]:.3g} to "
                 f"{found[-1]:.3g}) than the config's ({len(own)}, {own[0]:.3g} to {own[-1]:.3g})"
             )
-
-
-def some(names: Iterable[str], most: int = 10) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, not read yet: dtype, shape and strides as a tensor on "meta", and where its bytes begin."""
-
-    path: Path
-    offset: int
-    meta: torch.Tensor
-
-    def read(self) -> torch.Tensor:
-        """The tensor, mapped into memory (copy-on-write); the mapping ends with the tensor."""
-        length = 1 + sum((n - 1) * stride for n, stride in zip(self.meta.shape, self.meta.stride(), strict=True))
-        data = np.memmap(self.path, mode="c", offset=self.offset, shape=length * self.meta.itemsize)
-        return torch.from_numpy(data).view(self.meta.dtype).as_strided(self.meta.shape, self.meta.stride())
-
-
-def index(path: Path) -> dict[str, Stored]:
-    """{name: Stored} of the tensors in a file: .safetensors, or any other suffix for what torch.save writes."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    stored = index_safetensors(path) if path.suffix == ".safetensors" else index_ckpt(path)
-    if not stored:
-        raise ValueError(f"{path} holds no tensors")
-    return stored
 
 
 def index_parts(parts: Mapping[str, Mapping[str, str]]) -> dict[str, Stored]:
@@ -132,83 +181,30 @@ def load_parts(model: nn.Module, parts: Mapping[str, Mapping[str, str]]) -> None
     model.load_state_dict({k: stored[name].read() for k, name in match(Path(files), stored, expected).items()}, strict=False)
 
 
-def index_safetensors(path: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(path, "pt"):  # checks the header and the length of the file
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        metas = {name: torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]], device="meta")
-                 for name, entry in header.items()}  # fmt: skip
-    except Exception as error:  # of many types
-        raise ValueError(f"{path} is no readable safetensors file: truncated or of another kind ({one_line(error)})") from None
-    return {k: Stored(path, 8 + length + header[k]["data_offsets"][0], meta) for k, meta in metas.items()}
+def index_own_parts(parts: Mapping[str, str | Path], model: nn.Module) -> dict[str, Stored]:
+    """{name in the model: Stored} of a user's own files for parts of a model, {part: path}.
 
-
-def index_ckpt(path: Path) -> dict[str, Stored]:
-    """Unpickled by torch's restricted unpickler, which builds tensors and containers only. Lightning's files also
-    mention classes (callbacks, hyper-parameters ...): each name is bound to a stub, the class itself never looked up."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no readable checkpoint: truncated, of another kind, or from before torch 1.6")
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        alarming = sorted(filter(is_alarming, unknown))
-    except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint ({one_line(error)})") from None
-    if alarming:
-        raise ValueError(
-            f"{path} is refused, nothing of it was run: it asks for {some(alarming)}, which can execute "
-            "code and which no weights need"
-        )
-    try:
-        with torch.serialization.safe_globals([(stub(name), name) for name in unknown]):
-            content = torch.load(path, map_location="meta", weights_only=True)
-        content = content.get("state_dict", content)
-        metas = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-        begins: dict[str, Any] = {k: v.untyped_storage()._checkpoint_offset for k, v in metas.items()}
-    except Exception as error:
-        raise ValueError(f"{path} is refused: it holds more than tensors and plain data ({one_line(error)})") from None
-    # torch computes the offsets from the order of the records: wrong where another program has rewritten the archive.
-    if not set(begins.values()) <= set(record_offsets(path)):
-        raise ValueError(f"{path} was compressed or repacked: load it with torch and save it again with torch.save")
-    return {k: Stored(path, begins[k] + int(v.storage_offset()) * v.itemsize, v) for k, v in metas.items()}
-
-
-def is_alarming(name: str) -> bool:
-    """Whether a global is one of Python itself and not plain data: os.system, builtins.eval ..."""
-    module, _, attribute = name.rpartition(".")
-    if module == "builtins":
-        return attribute not in DATA_BUILTINS
-    package = module.partition(".")[0]
-    return package in sys.stdlib_module_names and package not in DATA_MODULES
-
-
-def stub(name: str) -> type:
-    """A class that takes any arguments and any state and does nothing with them; a kind of dict becomes a plain one."""
-
-    class Stub:
-        def __new__(cls, *args):
-            return OrderedDict() if "dict" in name.lower() else super().__new__(cls)
-
-        def __init__(self, *args):
-            pass
-
-        def __setstate__(self, state):
-            pass
-
-    return Stub
-
-
-def record_offsets(path: Path) -> Iterator[int]:
-    """Where the bytes of each uncompressed record of a zip archive begin."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for info in archive.infolist():
-            if info.compress_type == zipfile.ZIP_STORED:
-                file.seek(info.header_offset + 26)  # in the record's own header: the lengths of its two variable fields
-                yield info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    Such as a fine-tuned autoencoder, {"first_stage_model": "vae.safetensors"}. The file may name its tensors as the whole model
+    does, or as the part alone. Of the file of a whole model only the part is taken. ValueError for a part that the model does not
+    have, and for a file that holds nothing of it. What else does not fit is for `match` to say."""
+    found: dict[str, Stored] = {}
+    for part, source in parts.items():
+        part = part.removesuffix(".")
+        children = [name for name, _ in model.named_children()]
+        if part not in children:
+            raise ValueError(f"parts: the model has no {part}, {suggestion(part, children)}")
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"parts: {path}: there is no such file")
+        expected = {k for k in model.state_dict() if k.startswith(part + ".")}
+        stored, inside = index(path), ("", f"{part}.", f"{part}.model.", f"{part}.transformer.", f"{part}.transformer.text_model.")
+        spelled = [respelled({prefix + k: v for k, v in stored.items()}) for prefix in inside]
+        best = max(spelled, key=lambda names: len(expected & set(names)))
+        own = {k: v for k, v in best.items() if k.startswith(part + ".")}
+        own = {k: v for k, v in own.items() if k in expected or not IN_PARTS.fullmatch(k.removeprefix(part + "."))}
+        if not expected & set(own):
+            raise ValueError(
+                f"{path} holds nothing of {part}, but {some(stored)}: give a file with the names of published checkpoints"
+            )
+        found |= own
+    return found

@@ -13,8 +13,9 @@ from ldm.kinds import infer_config, known_unets, published_names, unet_signature
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.modules.encoders.labels import class_labels
 from ldm.modules.encoders.modules import ClassEmbedder
+from ldm.tensor_files import Stored
 from ldm.util import instantiate_from_config, load_config
-from ldm.weights import Stored, match
+from ldm.weights import match
 
 CONFIGS = ROOT / "configs"
 # As published, with everything that only training uses: what bsr_sr, cin256-v2, churches and the autoencoders add together.

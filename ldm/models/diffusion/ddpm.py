@@ -10,7 +10,7 @@ from ldm.denoisers import PREDICTIONS
 from ldm.images import check_finite
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.labels import class_labels
-from ldm.schedules import DiffusionSchedule, FlowSchedule, make_beta_schedule
+from ldm.schedules import DiffusionSchedule, FlowSchedule, make_beta_schedule, with_zero_terminal_snr
 from ldm.util import instantiate_from_config
 
 # What published configs carry for upstream's own training and logging, without meaning for the network.
@@ -61,6 +61,7 @@ class DDPM(nn.Module):
     parameterization: what the network predicts, "eps", "v" or "x0", or "velocity": then it is a flow with times up to
     `timesteps`, and the betas mean nothing.
     conditioning_key: None, or "adm" for a class-conditional model; a LatentDiffusion takes more.
+    zero_terminal_snr: the schedule ends at pure noise (Lin et al. 2023).
     `schedule` (DiffusionSchedule or FlowSchedule) is what all computations use; the buffers exist because checkpoints hold them.
     """
 
@@ -76,6 +77,7 @@ class DDPM(nn.Module):
         channels=3,
         parameterization="eps",
         conditioning_key=None,
+        zero_terminal_snr=False,
         **training_keys,
     ):
         super().__init__()
@@ -98,6 +100,7 @@ class DDPM(nn.Module):
             return
         with torch.device("cpu"):  # real numbers even where the weights are built on "meta", to be loaded later
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+            betas = with_zero_terminal_snr(betas) if zero_terminal_snr else betas
             self.schedule = DiffusionSchedule(betas)
             for name, values in published_buffers(betas).items():
                 self.register_buffer(name, values.float())

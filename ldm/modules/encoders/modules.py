@@ -26,7 +26,10 @@ class TextEncoder(nn.Module):
     """What both encoders share: from strings to token ids, and the checks.
 
     max_length is the number of ids per prompt, `pad` the id after the prompt's end, `tokenizer` cuts strings into ids.
+    unused: how the names of those weights begin that published checkpoints hold, but nothing reads.
     """
+
+    unused: tuple[str, ...] = ()
 
     def __init__(self, tokenizer, max_length, pad):
         super().__init__()
@@ -108,6 +111,8 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         embed_dim = text.pop("embed_dim", config["embed_dim"])
         self.model = open_clip.CLIP(embed_dim, NO_VISION, text, config.get("quick_gelu", False))
         del self.model.visual
+        last = len(self.model.transformer.resblocks) - 1
+        self.unused = ("model.logit_scale", "model.text_projection", *([f"model.transformer.resblocks.{last}."] * self.skipped))
         mask = torch.full((max_length, max_length), float("-inf"), device="cpu").triu(1)  # causal; never on "meta"
         self.model.register_buffer("attn_mask", mask, persistent=False)
         self.eval().requires_grad_(not freeze)
