@@ -1,7 +1,7 @@
 """The shipped models as compare.py's: pictures, denoiser, labels, and the features that KID is measured in."""
 
 import torch
-from tiny import Judge
+from tiny import Clip
 
 from ldm import comparison
 from ldm.checkpoints import load_model
@@ -56,7 +56,7 @@ class Tiny(_Model):
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
         self.images = from_uint8(held_out.images[order[:n]]).to(device)
         self.D, self.first_stage, self.tasks = LatentDenoiser(model, ""), model, {}
-        self.shape, self.judge = (model.channels, model.image_size, model.image_size), Judge(device)
+        self.shape, self.judge = (model.channels, model.image_size, model.image_size), Clip(device)
         self.reference = self.judge.features(from_uint8(held_out.images[order[self.most :]]))
 
     def measure(self, z, task):

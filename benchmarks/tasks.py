@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tiny import Judge, in_batches, share
+from tiny import Clip, in_batches, share
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
@@ -123,7 +123,7 @@ def superres(model, images, device, factor=4):
 
 def style(model, images, captions, names, device, lr=(0.1, 0.03)):
     """captions: one for each reference picture; names: the captions that are ranked; lr: the notebook's."""
-    judge, loss = Judge(device), gram_distance(load_clip_vision(device=device), model.decode, images)
+    judge, loss = Clip(device), gram_distance(load_clip_vision(device=device), model.decode, images)
     D, shape = LatentDenoiser(model, captions, 3.0), (len(captions), model.channels, model.image_size, model.image_size)
     unguided = sample(D, None, shape, range(len(captions)), steps=20, device=device)
     guided, seconds = run(D, LossConstraint(loss), shape, range(len(captions)), device, lr=lr)

@@ -1,11 +1,14 @@
 """Quality of the tiny models, as their card reports it:
 
-    python benchmarks/tiny.py [--models tiny tiny-flow] [--captions 256] [--steps 50] [--guidance 3] [--out checkpoints/tiny]
+    python benchmarks/tiny.py [--parts autoencoder clip judge generation] [--models tiny tiny-flow] [--captions 256] [--steps 50]
+                              [--guidance 3] [--out checkpoints/tiny]
 
-Measures the autoencoder's reconstruction and CLIP's retrieval on the held-out pictures, and the generated pictures by that CLIP:
-the rank of the right caption among those of all training names, and kernel distances (KID) in its picture features. Needs the
-captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes quality.json, the sheets of
-samples and, from the logs in --out/training, the figure training.png.
+Measures the autoencoder's reconstruction, CLIP's retrieval and the judge's accuracy on the held-out images, and the generated
+images in two ways: by that CLIP, whose text tower guided them (rank of the right caption among those of all training names, and
+kernel distance, KID, in its image features), and by the judge, which had no part in them (right name among its first five, KID in
+its features). Needs the captioned images (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes
+quality.json, where parts that are not measured keep their figures, the sheets of samples and, from the logs in --out/training, the
+figure training.png.
 """
 
 import argparse
@@ -44,8 +47,8 @@ def in_batches(function, images, device, batch=128):
     return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
 
 
-class Judge:
-    """The tiny CLIP: features of pictures, and ranks of captions."""
+class Clip:
+    """The tiny CLIP: features of images, and ranks of captions."""
 
     def __init__(self, device):
         self.clip, self.device = load_model("tiny-clip", device=device), device
@@ -66,6 +69,28 @@ class Judge:
         return (scores > own).sum(1)
 
 
+class Judge:
+    """The tiny judge: features of images, and whether the right name is among its first."""
+
+    def __init__(self, device):
+        self.network, self.device = load_model("tiny-judge", device=device), device
+        self.place = {name: i for i, name in enumerate(self.network.names)}
+
+    def features(self, images):
+        """[N, 3, 64, 64] -> [N, 256]."""
+        return in_batches(self.network.features, images, self.device)
+
+    def right(self, images, names, first=5):
+        """Which of the images' names, all known to the judge, are among its first. [N] of bool"""
+        logits = in_batches(lambda x: self.network(x)[0], images, self.device)
+        return (logits.topk(first).indices == torch.tensor([self.place[name] for name in names])[:, None]).any(1)
+
+    def category(self, images, categories):
+        """Which of the categories are right. [N] of bool"""
+        found = in_batches(lambda x: self.network(x)[1].argmax(1), images, self.device)
+        return found == torch.tensor([self.network.categories.index(category) for category in categories])
+
+
 def share(condition):
     return round(condition.float().mean().item(), 4)
 
@@ -78,13 +103,22 @@ def reconstruction(autoencoder, images, device):
         print("LPIPS is left out: AlexNet's weights are missing (make data-lpips)")
     else:
         figures["lpips_alex"] = lpips_distance(again, images).mean().item()
-    return {"pictures": len(images), **{k: round(v, 4) for k, v in figures.items()}}
+    return {"images": len(images), **{k: round(v, 4) for k, v in figures.items()}}
 
 
-def retrieval(judge, images, names):
+def smoothness(autoencoder, images, device, by=0.05):
+    """How far decoded images go, root mean square in [-1, 1], when white noise of `by` standard deviations of the latents moves
+    them: how well a mask or a difference quotient in the latents works with this decoder."""
+    z = in_batches(lambda x: autoencoder.encode(x).mode(), images, device)
+    moved = z + by * z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    a, b = (in_batches(lambda z: autoencoder.decode(z).clamp(-1, 1), latents, device) for latents in (z, moved))
+    return round((a - b).square().flatten(1).mean(1).sqrt().mean().item(), 4)
+
+
+def retrieval(clip, images, names):
     """Shares of pictures whose own name is among the first 1, 10 and 5 % of all the names."""
     candidates = list(dict.fromkeys(names))
-    ranks = judge.ranks(judge.features(images), names, candidates)
+    ranks = clip.ranks(clip.features(images), names, candidates)
     return {
         "names": len(candidates),
         "top_1": share(ranks < 1),
@@ -143,8 +177,81 @@ def draw_training(folder, path):
     plt.close(fig)
 
 
+def measure_autoencoder(args, device):
+    """Both held-out sets in all styles, the held-out names in the styles of the shipped models' training, and the sample."""
+    autoencoder = load_model("tiny-autoencoder", device=device)
+    sets = {key: from_uint8(Emoji(args.data, train=False, **options).images) for key, options in
+            {"names": {}, "pairs": {"held_out": "pairs"}, "held_out": {"styles": SHIPPED_STYLES}}.items()}  # fmt: skip
+    sets["sample"] = sample_emoji()[0]
+    figures = {key: reconstruction(autoencoder, images, device) for key, images in sets.items()}
+    return figures | {"moved_by_5_percent": smoothness(autoencoder, sets["sample"], device)}
+
+
+def measure_clip(args, device):
+    sets = {key: Emoji(args.data, train=key == "training", styles=SHIPPED_STYLES) for key in ("held_out", "training")}
+    return {key: retrieval(Clip(device), from_uint8(data.images), data.names) for key, data in sets.items()}
+
+
+def measure_judge(args, device):
+    """Of held-out names, which the judge cannot know, the category; of held-out drawings of known names the name too."""
+    judge, figures = Judge(device), {}
+    for key in ("names", "pairs"):
+        data = Emoji(args.data, train=False, held_out=key)
+        images = from_uint8(data.images)
+        figures[key] = {"images": len(images), "category": share(judge.category(images, data.categories))}
+        if key == "pairs":
+            figures[key] |= {f"top_{first}": share(judge.right(images, data.names, first)) for first in (1, 5)}
+    return figures
+
+
+def measure_generation(args, device):
+    """One image of each of the first captions in a random order of the training names, so without skin tones."""
+    train, held_out = (Emoji(args.data, train=part, styles=SHIPPED_STYLES) for part in (True, False))
+    pairs = Emoji(args.data, train=False, held_out="pairs")
+    clip, judge = Clip(device), Judge(device)
+    names = list(dict.fromkeys(train.names))
+    first = torch.tensor([train.names.index(name) for name in names])
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+    captions = [names[i] for i in order[: args.captions]]
+    real, unseen, drawings = (from_uint8(x) for x in (train.images[first[order]], held_out.images, pairs.images))
+    halves, unseen_by_clip, unseen_by_judge = clip.features(real), clip.features(unseen), judge.features(unseen)
+    subset = min(args.captions, len(names) // 2, len(unseen))
+    distance = lambda a, b: [round(x, 4) for x in kernel_distance(a, b, subset_size=subset)]  # noqa: E731
+    n = len(captions)
+
+    def figures(images):
+        features = clip.features(images)
+        ranks = clip.ranks(features, captions, names)
+        return {
+            "top_5_percent": share(ranks < 0.05 * len(names)),
+            "top_1": share(ranks < 1),
+            "median_rank": ranks.median().item() + 1,
+            "kid_to_held_out": distance(features, unseen_by_clip),
+            "judge_top_5": share(judge.right(images, captions)),
+            "judge_kid_to_held_out": distance(judge.features(images), unseen_by_judge),
+        }
+
+    found = {
+        "captions": n, "steps": args.steps, "guidance": args.guidance,
+        "real": figures(real[:n]) | {"kid_between_halves_of_training": distance(halves[::2], halves[1::2])},
+        "held_out_pairs": {"judge_top_5": share(judge.right(drawings, pairs.names))},
+    }  # fmt: skip
+    for name in args.models:
+        model = load_model(name, device=device)
+        found[name] = figures(generate(model, captions, args.steps, args.guidance, device))
+        sheet = [caption.strip() for caption in SHEET.split(",")]
+        images = generate(model, sheet, args.steps, args.guidance, device)
+        found[name]["judge_top_5_of_the_sheet"] = share(judge.right(images, sheet))
+        draw_sheet(images, sheet, args.out / f"samples-{name}.png")
+    return found
+
+
+PARTS = {"autoencoder": measure_autoencoder, "clip": measure_clip, "judge": measure_judge, "generation": measure_generation}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="*", default=["tiny", "tiny-flow"])
     parser.add_argument("--captions", type=int, default=256, help="training captions to generate pictures for")
     parser.add_argument("--steps", type=int, default=50)
@@ -154,45 +261,14 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("checkpoints/tiny"))
     args = parser.parse_args()
 
-    device = resolve_device(args.device)
-    train, held_out = (Emoji(args.data, train=part, styles=SHIPPED_STYLES) for part in (True, False))
-    train_images, held_out_images = from_uint8(train.images), from_uint8(held_out.images)
-    autoencoder, judge = load_model("tiny-autoencoder", device=device), Judge(device)
-    quality = {
-        "autoencoder": {"held_out": reconstruction(autoencoder, held_out_images, device),
-                        "sample": reconstruction(autoencoder, sample_emoji()[0], device)},
-        "clip": {"held_out": retrieval(judge, held_out_images, held_out.names),
-                 "training": retrieval(judge, train_images, train.names)},
-    }  # fmt: skip
-
-    # One picture of each name, in a random order: what is generated has no skin tones either.
-    names = list(dict.fromkeys(train.names))
-    first = torch.tensor([train.names.index(name) for name in names])
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
-    captions = [names[i] for i in order[: args.captions]]
-    reference = judge.features(held_out_images)
-    real = judge.features(train_images[first[order]])
-    subset = min(args.captions, len(names) // 2, len(reference))
-    distance = lambda a, b: [round(x, 4) for x in kernel_distance(a, b, subset_size=subset)]  # noqa: E731
-    quality["generation"] = {
-        "captions": len(captions), "steps": args.steps, "guidance": args.guidance,
-        "real": {"top_5_percent": share(judge.ranks(real[: len(captions)], captions, names) < 0.05 * len(names)),
-                 "kid_to_held_out": distance(real[: len(captions)], reference),
-                 "kid_between_halves_of_training": distance(real[::2], real[1::2])},
-    }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.models:
-        model = load_model(name, device=device)
-        features = judge.features(generate(model, captions, args.steps, args.guidance, device))
-        ranks = judge.ranks(features, captions, names)
-        quality["generation"][name] = {"top_5_percent": share(ranks < 0.05 * len(names)), "top_1": share(ranks < 1),
-                                       "median_rank": ranks.median().item() + 1,
-                                       "kid_to_held_out": distance(features, reference)}  # fmt: skip
-        sheet = [caption.strip() for caption in SHEET.split(",")]
-        draw_sheet(generate(model, sheet, args.steps, args.guidance, device), sheet, args.out / f"samples-{name}.png")
+    path = args.out / "quality.json"
+    quality = json.loads(path.read_text()) if path.is_file() else {}
+    for part in args.parts:
+        quality[part] = PARTS[part](args, resolve_device(args.device))
+        path.write_text(json.dumps(quality, indent=2) + "\n")
     if (args.out / "training").is_dir():
         draw_training(args.out / "training", args.out / "training.png")
-    (args.out / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 NUMBER = re.compile(r"[-+]?(\d+|(\d+\.\d*|\.\d+|\d+(?=e))(e[-+]?\d+)?)", re.IGNORECASE)
 CONSTANTS = {"": None, "null": None, "none": None, "true": True, "false": False}
-FILES = ("folder", "init", "path", "root")  # keys of a config whose values are files or folders, named 2024 too
+FILES = ("begin", "folder", "init", "path", "root")  # keys of a config whose values are files or folders, named 2024 too
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ldm.checkpoints import load_model
 from ldm.data.emoji import held_out_names
 from ldm.models.classifier import DigitClassifier, EmojiClassifier
-from ldm.train import Batches, Checkpoints, train
+from ldm.train import Batches, Checkpoints, check_config, train
 from ldm.training import DiffusionTraining, JudgeTraining, disturb
 from ldm.util import get_obj_from_str, instantiate_from_config, load_config, resolve_device
 
@@ -220,6 +220,13 @@ def test_the_card_s_figures_are_those_measured():
     card, quality = (folder / "README.md").read_text(), json.loads((folder / "quality.json").read_text())
     for key in ("top_probability_at_least_0.9", "classifier_test_accuracy"):
         assert f"{100 * quality[key]:.1f} %" in card
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("[mt]*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_committed_config_has_keys_that_are_read(path):
+    check_config(OmegaConf.to_container(load_config(path)))
 
 
 def test_a_config_may_stand_on_another():
