@@ -200,6 +200,7 @@ def export(source, out, config=None):
 
     source: a shipped model's name, its folder (checkpoints/tiny), or a .safetensors or .ckpt file. Errors are those of load_model.
     """
+    source, out = str(Path(source).expanduser()), Path(out).expanduser()
     if Path(source).is_dir():
         source = Path(source).resolve().name
     path, config = locate(source, config)
