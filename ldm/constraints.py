@@ -124,12 +124,16 @@ class DecodedConstraint(Constraint):
 
     decode: x0 [B, C, h, w] -> images, differentiable; A, y: operator and measurement of images. One backward pass through the
     decoder (not the denoiser) for each call; `backward_passes` counts them.
+    chunk: samples whose graph of the decoder is held at a time, at the price of one more forward pass of the decoder where that is
+    not the whole batch. None: one where x0 has 4,096 values or more (256 x 256 pixels of Stable Diffusion), otherwise all.
     """
 
     through_decoder = True
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], A, y: Tensor):
-        self.decode, self.pixels, self.backward_passes = decode, LinearConstraint(A, y), 0
+    def __init__(self, decode: Callable[[Tensor], Tensor], A, y: Tensor, chunk: int | None = None):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
+        self.decode, self.pixels, self.chunk, self.backward_passes = decode, LinearConstraint(A, y), chunk, 0
 
     def __call__(self, x0):
         A, r = self.linearised(x0)
@@ -140,28 +144,49 @@ class DecodedConstraint(Constraint):
 
     def linearised(self, x0):
         """(A Dec' at x0, an operator on latents, and r): each product with it is a forward, with its adjoint a backward pass of the
-        decoder, whose graph lives as long as the operator."""
-        with torch.inference_mode(False), torch.enable_grad():
-            z = x0.clone().requires_grad_()
-            r = self.pixels.difference(self.decode(z))
-        return _Derivative(self, z, r), r.detach()
+        decoder, whose graph lives as long as the operator (or, in chunks, is made for each product)."""
+        derivative = _Derivative(self, x0)
+        return derivative, derivative.r
 
 
 class _Derivative:
-    """A Dec' of a DecodedConstraint at z, from its residual r there: A Dec' w ~ (r - r(z + s w)) / s with |s w|_inf = 0.05."""
+    """A Dec' of a DecodedConstraint at z, with the residual r there: A Dec' w ~ (r - r(z + s w)) / s with |s w|_inf = 0.05."""
 
-    def __init__(self, constraint, z, r):
-        self.constraint, self.z, self.r = constraint, z, r
+    def __init__(self, constraint, z):
+        self.constraint, self.z, self.graph = constraint, z, None
+        chunk = constraint.chunk or (1 if z[0].numel() >= 4096 else len(z))
+        self.parts = range(0, len(z), chunk), chunk
+        if chunk >= len(z):
+            self.graph = self._decode(z)
+            image = self.graph[1].detach()
+        else:
+            image = torch.cat([constraint.decode(part) for part in z.split(chunk)])
+        self.r = constraint.pixels.difference(image)
 
     def __call__(self, w):
         s = 0.05 / max_norm(w).clamp_min(1e-30)
         with torch.no_grad():
-            moved = self.constraint.pixels.difference(self.constraint.decode(self.z.detach() + s * w))
-            return (self.r.detach() - moved) / s.view(-1, *[1] * (moved.ndim - 1))
+            moved = self.constraint.pixels.difference(self.constraint.decode(self.z + s * w))
+            return (self.r - moved) / s.view(-1, *[1] * (moved.ndim - 1))
 
     def adjoint(self, u):
         self.constraint.backward_passes += 1
-        return -torch.autograd.grad(self.r, self.z, u.clone(), retain_graph=True)[0]
+        g = self.constraint.pixels.A.adjoint(u)  # on images; the rest is the decoder's vector-Jacobian product
+        if self.graph is not None:
+            z, image = self.graph
+            return torch.autograd.grad(image, z, g.clone(), retain_graph=True)[0]
+        starts, chunk = self.parts
+        return torch.cat([self._vjp(self.z[i : i + chunk], g[i : i + chunk]) for i in starts])
+
+    def _vjp(self, z, g):
+        z, image = self._decode(z)
+        return torch.autograd.grad(image, z, g.clone())[0]
+
+    def _decode(self, z):
+        """z as a leaf, and its decoded image with the graph between them."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = z.clone().requires_grad_()
+            return leaf, self.constraint.decode(leaf)
 
 
 class EncoderConstraint(Constraint):
@@ -197,21 +222,29 @@ class LossConstraint(Constraint):
     """Any differentiable loss of x0, one number per sample:  e = - d loss / d x0,  residual = loss(x0).
 
     loss: callable x0 [B, ...] -> [B], in which samples do not mix. ValueError where it gives another shape.
+    chunk: samples that the loss is given at a time, which bounds the memory of its graph; None: all. Not for a loss that holds
+    something of its own for each sample.
     """
 
-    def __init__(self, loss: Callable[[Tensor], Tensor]):
-        self.loss, self.backward_passes = loss, 0
+    def __init__(self, loss: Callable[[Tensor], Tensor], chunk: int | None = None):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
+        self.loss, self.chunk, self.backward_passes = loss, chunk, 0
 
     def __call__(self, x0):
+        found = [self._gradient(part) for part in x0.split(self.chunk or len(x0))]
+        self.backward_passes += 1
+        gradients, values = zip(*found, strict=True)
+        return -torch.cat(gradients), torch.cat(values)
+
+    def _gradient(self, x0):
         with torch.inference_mode(False), torch.enable_grad():
             x = x0.clone().requires_grad_()
             values = self._values(x)
-            (gradient,) = torch.autograd.grad(values.sum(), x)
-        self.backward_passes += 1
-        return -gradient, values.detach()
+            return torch.autograd.grad(values.sum(), x)[0], values.detach()
 
     def residual(self, x0):
-        return self._values(x0)
+        return torch.cat([self._values(part) for part in x0.split(self.chunk or len(x0))])
 
     def _values(self, x):
         values = self.loss(x)

@@ -130,6 +130,7 @@ class DiffusionSchedule(Schedule):
 
     def __init__(self, betas):
         self.alphas_cumprod = torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), dim=0)  # [T]
+        self._abar: list[float] = self.alphas_cumprod.tolist()
         self.resolution = min(len(self), 1000)
 
     def __len__(self):
@@ -139,7 +140,7 @@ class DiffusionSchedule(Schedule):
         """The level at the integer time t in 0 .. T-1. Raises ValueError elsewhere."""
         if int(t) != t or not 0 <= t < len(self):
             raise ValueError(f"t = {t}: this schedule has the integer times 0 .. {len(self) - 1}")
-        abar = self.alphas_cumprod[int(t)].item()
+        abar = self._abar[int(t)]
         return Level(int(t), abar**0.5, (1 - abar) ** 0.5)
 
     def added_noise(self, now: Level, to: Level, eta: float | str) -> float:
@@ -149,8 +150,8 @@ class DiffusionSchedule(Schedule):
             return super().added_noise(now, to, eta)
         if to.t is None:
             return 0.0
-        abar, s = self.alphas_cumprod, int(to.t)
-        beta = 1 - (abar[s] / abar[s - 1] if s else abar[s]).item()
+        abar, s = self._abar, int(to.t)
+        beta = 1 - (abar[s] / abar[s - 1] if s else abar[s])
         return beta**0.5 * to.sigma / now.sigma
 
     def levels(self, steps, spacing="trailing"):

@@ -188,12 +188,13 @@ class LatentDiffusion(DDPM):
         z = self.first_stage_model.encode(images)
         if isinstance(z, DiagonalGaussianDistribution):
             z = z.sample(generator) if sample else z.mode()
-        return float(self.scale_factor) * z
+        return self.scale_factor * z
 
     def decode(self, z):
         """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped. FloatingPointError where a value
         is NaN or infinite."""
-        return check_finite(self.first_stage_model.decode(z / float(self.scale_factor)), "the decoder's image")
+        image = self.first_stage_model.decode(z / self.scale_factor)
+        return image if image.requires_grad else check_finite(image, "the decoder's image")  # a gradient is checked by the sampler
 
     def encode_prompts(self, prompts):
         """The condition of the network, from a string or a list of B strings, "" being the empty prompt (text), from class labels
