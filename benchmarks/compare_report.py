@@ -1,7 +1,5 @@
 """compare.csv as a table, with paired differences, and as figures."""
 
-import itertools
-
 import foreign
 import matplotlib
 import torch
@@ -15,19 +13,32 @@ from ldm.comparison import TASKS  # noqa: E402
 from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
 from ldm.table import NAMES, evaluations, markdown, measures_in, table_head  # noqa: E402
 
-LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()}
+# Rows of version 0.1: the step length fell over the diffusion steps instead of the inner ones, for every task from 0.5 to 0.1.
+FORMER = {"newton-former": "newton, former settings", "gradient-former": "gradient steps, former settings"}
+LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()} | FORMER
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
-FAMILIES = {  # family: (colour, its methods in the order of the line styles)
+FAMILIES = {  # family: (colour, its methods)
     "ours": ("#d62728", ["fast"]),
-    "the paper's loop": ("#1f4e9c", ["newton", "newton-eta1"]),
-    "back-propagating": ("#2a8c4a", ["gradient", "DPS", "PSLD"]),
+    "the paper's loop": ("#1f4e9c", ["newton", "newton-former", "newton-eta1"]),
+    "back-propagating": ("#2a8c4a", ["gradient", "gradient-former", "DPS", "PSLD"]),
     "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint"]),
     "azula, back-propagating": ("#7b3fa0", ["azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS"]),
     "azula, without Jacobian": ("#b9a032", ["azula-DiffPIR", "azula-RePaint"]),
     "deepinv": ("#4d4d4d", ["deepinv-PiGDM", "deepinv-DPS", "deepinv-DDRM", "deepinv-DiffPIR"]),
 }
-BACK_PROPAGATING = ["gradient", "DPS", "PSLD", *FAMILIES["azula, back-propagating"][1], "deepinv-PiGDM", "deepinv-DPS"]
-LINES, MARKERS = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))], "osD^"
+COLOURS = {method: colour for colour, methods in FAMILIES.values() for method in methods}
+BACK_PROPAGATING = [
+    *(method for family in ("back-propagating", "azula, back-propagating") for method in FAMILIES[family][1]),
+    "deepinv-PiGDM",
+    "deepinv-DPS",
+]
+ALONE = {  # methods with a curve of their own, and how it is drawn; of the other families only the best method is drawn
+    "fast": dict(lw=3, ms=7, zorder=4),
+    "newton": dict(lw=1.8, ms=5, zorder=3),
+    "newton-former": dict(lw=1.8, ms=5, zorder=3),
+    "newton-eta1": dict(lw=1.8, ms=5, ls=(0, (5, 1.5)), zorder=3),
+}
+OTHERS = dict(lw=1.2, ms=3.5, alpha=0.8, zorder=2)
 
 
 def report(rows, name, model, out, file_of):
@@ -51,14 +62,14 @@ def _most_images(rows):
 
 
 def differences(rows, model, file_of):
-    """Two tables of paired differences, image by image: `fast` minus the paper's loop at 220 evaluations in each of its settings,
+    """Two tables of paired differences, image by image: `fast` minus `newton` at 220 evaluations in each of its settings,
     and minus every back-propagating method at equal time and at its dearest."""
     measures, lines = measures_in(rows), []
     of = lambda task, test: [r for r in rows if r["task"] == task and test(r)]  # noqa: E731
     ours = sorted((r for r in rows if r["method"] == "fast"), key=lambda r: int(r["budget"]))
     ours = [r for task in TASKS for r in ours if r["task"] == task]
     pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: r["method"].startswith("newton") and r["budget"] == "220")]
-    lines += _differences("fast minus the paper's loop at 220 evaluations, paired", "", pairs, measures, model, file_of)
+    lines += _differences("fast minus newton at 220 evaluations, paired", "", pairs, measures, model, file_of)
     pairs = []
     for a in (r for r in ours if r["budget"] == "44"):
         for method in BACK_PROPAGATING:
@@ -103,32 +114,27 @@ def _difference(ours, theirs, measure, n, reference):
 
 def ranking(rows, path, budget="44", reference="220"):
     """The methods at one budget, the best on top, by LPIPS with its interval, or PSNR where LPIPS is missing. A panel for each task
-    that at least two methods were run on; the dashed line is the paper's loop at the budget `reference`."""
+    that at least two methods were run on; the dashed line is `newton` at the budget `reference`."""
     measure = "lpips" if "lpips" in measures_in(rows) else "psnr"
     panels = {t: [r for r in rows if r["task"] == t and r["budget"] == budget] for t in TASKS}
     panels = {t: found for t, found in panels.items() if len(found) > 1}
     if not panels:
         return
-    across = min(3, len(panels))
-    down, most = -(-len(panels) // across), max(map(len, panels.values()))
-    size = 4.7 * across, down * (0.21 * most + 0.7) + 0.8
-    fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
-    colour = {m: colour for colour, methods in FAMILIES.values() for m in methods}
-    for ax, (task, found) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, [])):
-        if not found:
-            ax.axis("off")
-            continue
+    most, lines = max(map(len, panels.values())), {}
+    fig, axes = _panels(len(panels), 4.7, 0.21 * most + 0.7)
+    for ax, (task, found) in zip(axes, panels.items(), strict=True):
         found = sorted(found, key=lambda r: float(r[measure]), reverse=measure in LOWER_IS_BETTER)
         for y, r in enumerate(found):
             value, low, high = (float(r[measure + end]) for end in ("", "_low", "_high"))
-            ax.plot([low, high], [y, y], color=colour[r["method"]], lw=2, alpha=0.45)
-            ax.plot(value, y, "o", color=colour[r["method"]], ms=9 if r["method"] == "fast" else 5.5)
+            ax.plot([low, high], [y, y], color=COLOURS[r["method"]], lw=2, alpha=0.45)
+            ax.plot(value, y, "o", color=COLOURS[r["method"]], ms=9 if r["method"] == "fast" else 5.5)
         for r in rows:
-            if (r["task"], r["method"], r["budget"]) == (task, "newton", reference):
-                ax.axvline(float(r[measure]), color=colour["newton"], ls=(0, (4, 3)), lw=1)
+            if (r["task"], r["budget"]) == (task, reference) and r["method"] in ("newton", "newton-former"):
+                line = ax.axvline(float(r[measure]), color=COLOURS["newton"], ls=(0, (4, 3)), lw=1)
+                lines[f"{LABELS[r['method']]}, {reference} evaluations"] = line
         ax.set_yticks(range(len(found)), [LABELS[r["method"]] for r in found], fontsize=8.5)
         for label, r in zip(ax.get_yticklabels(), found, strict=True):
-            label.set(color=colour[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
+            label.set(color=COLOURS[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
         values = [float(r[measure]) for r in found]
         if max(values) > 10 * min(values) > 0:
             _log_axis(ax.xaxis)
@@ -138,84 +144,89 @@ def ranking(rows, path, budget="44", reference="220"):
         ax.grid(axis="x", alpha=0.25, lw=0.5)
         ax.spines[["top", "right", "left"]].set_visible(False)
     present = {r["method"] for found in panels.values() for r in found}
-    handles = [plt.Line2D([], [], color=c, marker="o", lw=2, label=f) for f, (c, ms) in FAMILIES.items() if present & set(ms)]
-    handles += [
-        plt.Line2D([], [], color=colour["newton"], ls=(0, (4, 3)), lw=1, label=f"the paper's loop, {reference} evaluations")
-    ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    better = "lower" if measure in LOWER_IS_BETTER else "higher"
-    fig.suptitle(f"{NAMES[measure]} at {budget} evaluations of the network, {better} is better", fontsize=12)
+    families = {family: colour for family, (colour, methods) in FAMILIES.items() if present & set(methods)}
+    handles = [plt.Line2D([], [], color=colour, marker="o", lw=2) for colour in families.values()]
+    fig.legend(
+        [*handles, *lines.values()],
+        [*families, *lines],
+        loc="outside lower center",
+        ncols=min(3, len(panels)) + 1,
+        frameon=False,
+        fontsize=9,
+    )
+    fig.suptitle(f"{NAMES[measure]} at {budget} evaluations of the network{_direction(measure)}", fontsize=12)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
 def curves(rows, path):
-    """Quality against seconds: one row of panels per task, one curve per method, a colour for each family of methods."""
-    measures, tasks = [m for m in ("lpips", "kid", "accuracy", "residual") if m in measures_in(rows)], {row["task"] for row in rows}
-    tasks = [task for task in TASKS if task in tasks]
-    present = {row["method"] for row in rows}
-    families = {f: [m for m in methods if m in present] for f, (_, methods) in FAMILIES.items()}
-    families = {f: methods for f, methods in families.items() if methods}
-    size = 4.1 * len(measures), 3.0 * len(tasks) + 1.9
-    fig, axes = plt.subplots(len(tasks), len(measures), figsize=size, squeeze=False, sharex=True)
-    for ax in axes.flat:
-        ax.tick_params(labelbottom=True)
-    for task, line in zip(tasks, axes, strict=True):
-        for measure, ax in zip(measures, line, strict=True):
-            for family, methods in families.items():
-                for method in methods:
-                    _curve(ax, [r for r in rows if r["task"] == task and r["method"] == method], measure, family, method)
-            _decorate(ax, measure, task if measure == measures[0] else None, task == tasks[-1])
-            if task == tasks[0]:
-                ax.set_title(f"{NAMES[measure]}  ({'lower' if measure in LOWER_IS_BETTER else 'higher'} is better)", fontsize=11)
-    height = fig.get_figheight()
-    fig.tight_layout(rect=(0, 0, 1, 1 - 1.35 / height))
-    for i, (family, methods) in enumerate(families.items()):
-        handles = [plt.Line2D([], [], **_style(family, m)) for m in methods]
-        corner = 0.02 + 0.965 * i / len(families), 1 - 0.08 / height
-        fig.legend(
-            handles, [LABELS[m] for m in methods], title=family, loc="upper left", bbox_to_anchor=corner, fontsize=9,
-            title_fontsize=9.5, frameon=False, handlelength=3.2, alignment="left")  # fmt: skip
-    fig.savefig(path, dpi=100)
+    """LPIPS (PSNR where it is missing) against seconds: `fast`, `newton`, and of every other family the best method at each budget.
+    A panel for each task that `fast` was run on at several budgets, or for all tasks if there is none."""
+    measure = "lpips" if "lpips" in measures_in(rows) else "psnr"
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    budgets = {task: len({row["budget"] for row in rows if (row["task"], row["method"]) == (task, "fast")}) for task in tasks}
+    tasks = [task for task in tasks if budgets[task] > 1] or tasks
+    fig, axes = _panels(len(tasks), 4.4, 3.2)
+    for ax, task in zip(axes, tasks, strict=True):
+        for label, (style, points) in _curves_of([row for row in rows if row["task"] == task], measure).items():
+            x, y, low, high = zip(*points, strict=True)
+            ax.plot(x, y, marker="o", label=label, **style)
+            if label == LABELS["fast"]:
+                ax.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+        _log_axis(ax.xaxis)
+        values = [value for line in ax.lines for value in line.get_ydata()]
+        if max(values) > 5 * min(values) > 0:
+            _log_axis(ax.yaxis)
+        ax.set_title(TASKS[task], fontsize=11, fontweight="bold")
+        ax.grid(alpha=0.25, lw=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+    for ax in axes[-3:]:
+        ax.set_xlabel("seconds per image", fontsize=10)
+    handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True))
+    fig.legend(
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        ncols=min(3, len(tasks)) + 1,
+        frameon=False,
+        fontsize=9,
+        handlelength=3.2,
+    )
+    fig.suptitle(f"{NAMES[measure]} against time per image{_direction(measure)}", fontsize=12)
+    fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
-def _style(family, method):
-    colour, methods = FAMILIES[family]
-    i, ours = methods.index(method), family == "ours"
-    return dict(color=colour, ls=LINES[i], marker=MARKERS[i], ms=6 if ours else 3.5, lw=3 if ours else 1.4, zorder=4 if ours else 2)
+def _curves_of(rows, measure):
+    """{label: (style, [(seconds, value, low, high) of each budget, cheapest first])} of the rows of one task."""
+    found, best = {}, min if measure in LOWER_IS_BETTER else max
+    for family, (colour, methods) in FAMILIES.items():
+        lines = {LABELS[m]: ([m], ALONE[m]) for m in methods if m in ALONE} or {f"{family} (best)": (methods, OTHERS)}
+        for label, (members, style) in lines.items():
+            own = [row for row in rows if row["method"] in members]
+            budgets = [[row for row in own if row["budget"] == budget] for budget in {row["budget"] for row in own}]
+            chosen = [best(same, key=lambda row: float(row[measure])) for same in budgets]
+            points = sorted(
+                (float(row["seconds"]), *(float(row[measure + end]) for end in ("", "_low", "_high"))) for row in chosen
+            )
+            if points:
+                found[label] = style | dict(color=colour), points
+    return found
 
 
-def _curve(ax, rows, measure, family, method):
-    points = sorted((float(r["seconds"]), *(float(r[measure + end]) for end in ("", "_low", "_high"))) for r in rows)
-    if not points:
-        return
-    x, y, low, high = zip(*points, strict=True)
-    style = _style(family, method)
-    if measure == "residual":
-        y = [max(v, 1e-4) for v in y]  # what is met to rounding lies on the lower edge
-    elif method in ("fast", "newton"):
-        ax.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
-    ax.plot(x, y, **style)
+def _panels(count, width, height):
+    """A figure with so many panels, at most three next to each other, width x height inches each."""
+    across = min(3, count)
+    down = -(-count // across)
+    fig, axes = plt.subplots(down, across, figsize=(width * across, height * down + 0.9), squeeze=False, layout="constrained")
+    for ax in axes.flat[count:]:
+        ax.axis("off")
+    return fig, axes.flat[:count]
 
 
-def _decorate(ax, measure, task, lowest):
-    _log_axis(ax.xaxis)
-    values = [v for line in ax.lines for v in line.get_ydata()]
-    if measure in ("residual", "lpips") and max(values) > 10 * min(values) > 0:
-        _log_axis(ax.yaxis, subs=(1, 2, 5) if min(values) > 1e-3 else (1,))
-    if measure == "residual" and min(values) < 1e-3:
-        ax.set_ylim(bottom=7e-5)
-    if measure == "kid" and ax.get_ylim()[1] > 50:  # some methods are far from the others
-        ax.set_yscale("symlog", linthresh=10)
-        ax.yaxis.set_major_formatter("{x:g}")
-    ax.grid(alpha=0.25, lw=0.5)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9)
-    if task:
-        ax.set_ylabel(TASKS[task], fontsize=12, fontweight="bold")
-    if lowest:
-        ax.set_xlabel("seconds per image", fontsize=10)
+def _direction(measure):
+    return f", {'lower' if measure in LOWER_IS_BETTER else 'higher'} is better"
 
 
 def _log_axis(axis, subs=(1, 2, 5)):

@@ -230,7 +230,8 @@ def name_of(r):
 
 def test_every_method_has_its_place_in_the_figure():
     placed = [m for _, methods in compare_report.FAMILIES.values() for m in methods]
-    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS])
+    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS, *compare_report.FORMER])
+    assert set(placed) == set(compare_report.COLOURS) and set(placed) <= set(compare_report.LABELS)
     assert set(compare_report.BACK_PROPAGATING) <= set(placed)
 
 
