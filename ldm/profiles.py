@@ -107,11 +107,11 @@ def profile(model, task: str, prompts=None, seeds=None, count=None, **given) -> 
     return Profile(name, task, model.image_size * model.downsampling, prompts, seeds, **settings)
 
 
-def denoiser(model, prompts="", guidance: float = 1.0) -> Denoiser:
+def denoiser(model, prompts="", guidance: float = 1.0, negative_prompts=None) -> Denoiser:
     """D of a model for prompts (one per sample, or one for all), or of an unconditional one, for which they are all empty."""
     conditional = model.conditioning_key is not None if isinstance(model, DDPM) else KINDS[kind_of(model)].text
     if conditional:
-        return LatentDenoiser(model, prompts, guidance)
+        return LatentDenoiser(model, prompts, guidance, negative_prompts)
     if any([prompts] if isinstance(prompts, str) else prompts):
         raise ValueError(f"prompts = {prompts!r}: this model is unconditional, leave them out")
     return Denoiser(model.network, model.schedule, model.parameterization, model)
