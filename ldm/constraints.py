@@ -122,8 +122,8 @@ def latent_inpainting(model, image, mask, whole=False):
 class DecodedConstraint(Constraint):
     """A measurement of the decoded image, y = A Dec(x0) + sigma_y n:  e = (dDec/dx0)^T A^T (y - A Dec(x0)), residual as above.
 
-    decode: x0 [B, C, h, w] -> images, differentiable; A, y: operator and measurement of images. One backward pass through the
-    decoder (not the denoiser) for each call; `backward_passes` counts them.
+    decode: x0 [B, C, h, w] -> images, differentiable; A, y: operator (also of ldm.nonlinear) and measurement of images. One
+    backward pass through the decoder (not the denoiser) for each call; `backward_passes` counts them.
     chunk: samples whose graph of the decoder is held at a time, at the price of one more forward pass of the decoder where that is
     not the whole batch. None: one where x0 has 4,096 values or more (256 x 256 pixels of Stable Diffusion), otherwise all.
     """
@@ -158,10 +158,10 @@ class _Derivative:
         self.parts = range(0, len(z), chunk), chunk
         if chunk >= len(z):
             self.graph = self._decode(z)
-            image = self.graph[1].detach()
+            self.image = self.graph[1].detach()
         else:
-            image = torch.cat([constraint.decode(part) for part in z.split(chunk)])
-        self.r = constraint.pixels.difference(image)
+            self.image = torch.cat([constraint.decode(part) for part in z.split(chunk)])
+        self.r = constraint.pixels.difference(self.image)
 
     def __call__(self, w):
         s = 0.05 / max_norm(w).clamp_min(1e-30)
@@ -171,7 +171,7 @@ class _Derivative:
 
     def adjoint(self, u):
         self.constraint.backward_passes += 1
-        g = self.constraint.pixels.A.adjoint(u)  # on images; the rest is the decoder's vector-Jacobian product
+        g = self.constraint.pixels.A.vjp(self.image, u)  # on images; the rest is the decoder's vector-Jacobian product
         if self.graph is not None:
             z, image = self.graph
             return torch.autograd.grad(image, z, g.clone(), retain_graph=True)[0]

@@ -25,6 +25,10 @@ class Operator(ABC):
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, for y of A's output space."""
 
+    def vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """A'(x)^T v, the derivative's adjoint at x: A^T v whatever x, but for `ldm.nonlinear`."""
+        return self.adjoint(v)
+
     def measured(self, y: Tensor) -> Tensor:
         """y with zeros where nothing is measured: y itself but for masks."""
         return y
