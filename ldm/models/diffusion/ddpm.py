@@ -138,6 +138,11 @@ class DDPM(nn.Module):
         """z itself."""
         return z
 
+    @property
+    def conditional(self):
+        """Whether the network needs a condition, prompts or class labels."""
+        return self.conditioning_key is not None
+
     def forward(self, x_t, t, condition=None):
         return self.network(x_t, t, condition)
 
@@ -181,6 +186,10 @@ class LatentDiffusion(DDPM):
     def downsampling(self):
         """Pixels per latent pixel: f."""
         return self.first_stage_model.downsampling
+
+    @property
+    def conditional(self):
+        return self.cond_stage_model is not None
 
     def encode(self, images, sample=False, generator=None):
         """Images [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f]: of a variational autoencoder the posterior's mean, or

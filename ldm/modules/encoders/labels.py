@@ -9,12 +9,12 @@ def class_labels(labels, n_classes, empty=None):
     """Labels as people give them -> int64 [B], on the CPU.
 
     labels     an integer or a list of B of them, 0 .. n_classes - 1; or a tensor [B] of integers. Strings of digits count as
-               integers, as a command line gives them, and "" as no class
+               integers, as a command line gives them; "" and None mean no class
     empty      the label that stands for no class; None: this model has none, and "" is refused
 
     Raises ValueError for anything else.
     """
-    given = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    given = labels.tolist() if isinstance(labels, torch.Tensor) else "" if labels is None else labels
     given = list(given) if isinstance(given, (list, tuple, range)) else [given]
     if "" in given and empty is None:
         raise ValueError("this model has no label for no class: give a label for each sample, and guidance = 1")
