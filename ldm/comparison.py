@@ -13,65 +13,51 @@ import torch
 from torch.nn.functional import interpolate
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
-from ldm.constraints import DecodedConstraint, LinearConstraint, latent_inpainting
+from ldm.constraints import DecodedConstraint, latent_inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
-from ldm.inpainting import make_mask
 from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
 from ldm.newton_sampler import PAPER, newton_sampler
-from ldm.operators import Mask, downsample, gaussian_blur, measure
+from ldm.nonlinear import measurement
+from ldm.operators import Mask, measure
+from ldm.problems import PROBLEMS
+from ldm.problems import problem as find_problem
 from ldm.sampling import CountedDenoiser
 from ldm.schedules import DiffusionSchedule
 from ldm.table import PER_IMAGE
 
-NOISE = 0.05
-TASKS = {"half": "right half missing", "hole": "centre hole", "strokes": "brush strokes", "sparse": "90 % of pixels missing",
-         "sr4": "x4 super-resolution", "blur": "blur, noise 0.05"}  # fmt: skip
+TASKS = {name: PROBLEMS[name].label for name in ("half", "hole", "strokes", "sparse", "sr4", "blur")}  # of the benchmarks
+
 # ---- tasks
-
-
-def operator(task, size):
-    """The operator of a task on pictures of size x size pixels, and its sigma_y. "sr8" and the like are super-resolution too."""
-    if task == "half":
-        return Mask(make_mask("right", (size, size))), 0.0
-    if task == "hole":
-        side = round(size * 14 / 32)
-        return Mask(make_mask(((size - side) // 2, (size - side) // 2, side, side), (size, size))), 0.0
-    if task == "strokes":
-        return Mask(make_mask("strokes", (size, size))), 0.0
-    if task == "sparse":
-        return Mask((torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0)) < 0.1).float()), 0.0
-    if task.startswith("sr") and task[2:].isdigit():
-        return downsample((size, size), int(task[2:])), 0.0
-    if task == "blur":
-        return gaussian_blur((size, size), size / 32 * 1.5), NOISE
-    raise ValueError(f"task = {task!r}: known are {', '.join(TASKS)}, and sr with another factor (sr8)")
 
 
 class Task:
     """A measurement of pictures, and what the methods need to know of it.
 
-    name         a key of TASKS, or "sr8" ...
+    name         of a problem, see ldm/problems.py
     images       [N, C, H, H] in [-1, 1]
     numbers      one integer per image, 0, 1 ... if None: the seeds of its samples, and (plus 10,000) of its measurement's noise
     D, shape     denoiser, and shape of one sample of x_t
-    first_stage  the model with encode and decode where D works on latents: masks, but the 90 % one, are put on latents then, the
-                 other tasks go through the decoder (`linear` is False)
+    first_stage  the model with encode and decode where D works on latents. Masks of regions without noise are put on latents then,
+                 the other problems go through the decoder
+
+    linear: whether y is a linear measurement of x0 itself, not through a decoder
     """
 
     def __init__(self, name, images, D, shape, first_stage=None, numbers=None):
         self.name, self.images, self.D, self.schedule, self.shape = name, images, D, D.schedule, tuple(shape)
-        self.A, self.sigma_y = operator(name, images.shape[3])
+        problem, self.sigma_y = find_problem(name)
+        self.A = problem(images.shape[3])
         self.numbers = list(range(len(images)) if numbers is None else numbers)
         self.y = measure(self.A, images, self.sigma_y, [10_000 + i for i in self.numbers])
-        self.pixels, self.first_stage = LinearConstraint(self.A, self.y), first_stage
-        self.linear = first_stage is None or name in ("half", "hole", "strokes")
-        self.encode = None if self.linear else first_stage.encode
+        self.pixels, self.first_stage = measurement(self.A, self.y), first_stage
+        self.linear = self.pixels.linear if first_stage is None else problem.on_latents and self.sigma_y == 0
+        self.encode = first_stage.encode if first_stage is not None and not self.linear else None
         self.noise = dict(sigma_y=self.sigma_y)  # what a solver that weighs the noise with A is told
 
     def constraint(self, part=slice(None)):
         """The constraint of the images `part`, a slice."""
         if self.first_stage is None:
-            return LinearConstraint(self.A, self.y[part])
+            return measurement(self.A, self.y[part])
         if self.linear:
             return latent_inpainting(self.first_stage, self.images[part], self.A.mask.to(self.images.device))
         return DecodedConstraint(self.first_stage.decode, self.A, self.y[part])
@@ -102,8 +88,8 @@ def large(x):
 
 
 EVERY_TASK = "every task", lambda task: True
-NO_DECODER = "no task through the decoder", lambda task: task.linear
-ONLY_DECODER = "only tasks through the decoder", lambda task: task.encode is not None
+NO_DECODER = "no task through the decoder and no non-linear one", lambda task: task.linear
+ONLY_DECODER = "only tasks through the decoder, with a linear operator", lambda task: task.encode is not None and task.pixels.linear
 ONLY_MASKS = "only masks on x_t itself", lambda task: task.linear and isinstance(task.A, Mask)
 
 
@@ -214,6 +200,22 @@ def run(task, sampler, settings, batch, device, bar=None):
         seconds.append((clock() - begin) / n)
     n = len(task.images)
     return torch.cat(out), dict(nfe_forward=D.forward / n, nfe_backward=D.backward / n, seconds=median(seconds))
+
+
+def run_best(task, sampler, settings, batch, device, runs):
+    """As `run`, of so many samples for each image the one that fits the measurement best: for problems with several solutions, such
+    as phase retrieval. The seeds of run r are the numbers plus r millions."""
+    numbers, best, fit, costs = task.numbers, None, None, {}
+    for r in range(runs):
+        task.numbers = [number + 1_000_000 * r for number in numbers]
+        x, more = run(task, sampler, settings, batch, device)
+        costs = {key: costs.get(key, 0) + value for key, value in more.items()}
+        residual = task.pixels.residual(task.pictures(x))
+        better = residual < (torch.inf if fit is None else fit)
+        best = x if best is None else torch.where(better.view(-1, 1, 1, 1), x, best)
+        fit = residual if fit is None else torch.minimum(residual, fit)
+    task.numbers = numbers
+    return best, costs
 
 
 def step_memory(task, sampler, settings, device, n=8):

@@ -1,6 +1,7 @@
 """Measure a method of constrained sampling on a folder of images, on one or more devices (Lightning):
 
     python -m ldm.evaluate data=/folder [model=sd-v1-4.ckpt] [task=half] [method=newton] [key=value ...]
+    python -m ldm.evaluate --preset daps data=/folder [--quick] [key=value ...]      a whole table, of configs/evaluate
 
 Every image is read before the first is sampled. Image i, by name, has the seed i. Each block's measures and images are written to
 OUT/MODEL-TASK-METHOD-BUDGET/ as soon as they are there, and the same command goes on after an interruption: a block stays valid as
@@ -20,16 +21,19 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoints import load_model, locate, read_config
 from ldm.commands import option, options_help, read_options
-from ldm.comparison import LABELS, METHODS, Task, intervals, large, operator, run, step_memory, unconstrained
+from ldm.comparison import LABELS, METHODS, Task, intervals, large, run_best, step_memory, unconstrained
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import EXTENSIONS, load_image, save_image
 from ldm.metrics import alexnet_features, lpips_weights
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.problems import PROBLEMS, label, problem
 from ldm.table import KEY, markdown, put_row, read_rows
-from ldm.util import atomic_write, resolve_path
+from ldm.util import ROOT, atomic_write, resolve_path
 
 PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
 FEATURES = "the means of AlexNet's last convolution, to the images themselves"
@@ -43,10 +47,11 @@ class Settings:
     model: str = option("tiny", "a shipped model, or the path of a .ckpt or .safetensors file")
     config: Path | None = option(None, "as of load_model: a yaml file")
     prediction: str | None = option(None, "as of load_model: eps or v")
-    task: str = option("half", "half, hole, strokes, sparse, sr4, sr8 ..., blur: see ldm/comparison.py")
+    task: str = option("half", f"{', '.join(PROBLEMS)}; with other noise: sr4@0.05. See ldm/problems.py")
     method: str = option("newton", ", ".join(METHODS), choices=METHODS)
     budget: int = option(220, "network evaluations, a backward pass is one more; the paper's: 220 with newton", least=20)
-    prompt: str = option("", "of all images")
+    runs: int = option(1, "samples per image, of which the one that fits the measurement best counts", least=1)
+    prompt: str = option("", "of all images; with a class-conditional model the number of the class")
     guidance: float = option(1.0, "classifier-free guidance scale of the prompt; 1: none")
     precision: str = option("32", "of the weights: 32, 16 or bf16", choices=PRECISIONS)
     limit: int | None = option(None, "only the first so many images by name", least=2)
@@ -59,7 +64,7 @@ class Settings:
 
     def that_count(self):
         """Those that change a sample, besides the images and the weights."""
-        names = ("task", "method", "budget", "prompt", "guidance", "precision", "prediction")
+        names = ("task", "method", "budget", "runs", "prompt", "guidance", "precision", "prediction")
         return {name: getattr(self, name) for name in names}
 
 
@@ -93,7 +98,7 @@ class Evaluation(pl.LightningModule):
     def __init__(self, model, settings):
         super().__init__()
         self.model, self.settings, self.folder, self.first, self.blocks = model, settings, None, 0, []
-        self.latent = hasattr(model, "first_stage_model")
+        self.latent = isinstance(model, LatentDiffusion)
         self.shape = (model.channels, model.image_size, model.image_size)
         self.size = model.image_size * (model.first_stage_model.downsampling if self.latent else 1)
         self.image_channels = 3 if self.latent else model.channels
@@ -119,11 +124,11 @@ class Evaluation(pl.LightningModule):
     def predict_step(self, block, _):
         i, images = block
         inputs, model, prompt = self.blocks[i], self.model, self.settings.prompt
-        D = LatentDenoiser(model, prompt, self.settings.guidance) if self.latent else Denoiser(
+        D = LatentDenoiser(model, prompt, self.settings.guidance) if model.conditional else Denoiser(
             model.network, model.schedule, model.parameterization)  # fmt: skip
         task = self.task(images, [one.number for one in inputs], D)
         chosen = self.chosen(task)
-        x, costs = run(task, *chosen, len(images), self.device)
+        x, costs = run_best(task, *chosen, len(images), self.device, self.settings.runs)
         if inputs[0].number == self.first:
             costs |= dict(memory=step_memory(task, *chosen, self.device),
                           memory_plain=step_memory(task, unconstrained, dict(newton_steps=0), self.device))  # fmt: skip
@@ -214,7 +219,7 @@ def gather(folder, blocks):
 def read_settings(words):
     """The `Settings` of a command line's words key=value, checked."""
     settings = read_options(Settings, words)
-    operator(settings.task, 64)
+    problem(settings.task)
     if settings.data is None:
         raise ValueError("data is missing: give data=/folder of images")
     if not settings.data.is_dir():
@@ -267,11 +272,35 @@ def evaluate(settings):
             return None
     path = out / "evaluate.csv"
     put_row(path, key | gather(folder, blocks))
-    text = "\n".join(markdown(read_rows(path), out.name, FEATURES, LABELS)) + "\n"
+    rows = read_rows(path)
+    text = "\n".join(markdown(rows, out.name, FEATURES, LABELS | {row["task"]: label(row["task"]) for row in rows})) + "\n"
     with atomic_write(out / "evaluate.md") as temporary:
         temporary.write_text(text)
     print(text)
     return path
+
+
+def presets():
+    """The names of the tables in configs/evaluate."""
+    return sorted(path.stem for path in (ROOT / "configs/evaluate").glob("*.yaml"))
+
+
+def preset_words(preset, quick=False):
+    """The words key=value of each row of a preset, a name or a yaml file: its `common` settings, for each of its `tasks` with each
+    of its `methods`, all of them mappings of settings. quick: each task with one of the methods in turn, on the shipped model that
+    the preset names, with two images, one run and 20 evaluations. ValueError for other files."""
+    path = ROOT / f"configs/evaluate/{preset}.yaml" if preset in presets() else Path(preset).expanduser()
+    if not path.is_file():
+        raise ValueError(f"preset = {preset}: there is no such file, and known are {', '.join(presets())}")
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(config, dict) or set(config) != {"common", "tasks", "methods", "quick"}:
+        raise ValueError(f"preset = {preset}: give a yaml file with common, tasks, methods and quick")
+    tasks, methods = config["tasks"], config["methods"]
+    rows = [config["common"] | task | method for task in tasks for method in methods]
+    if quick:
+        small = {"model": config["quick"], "limit": 2, "budget": 20, "runs": 1}
+        rows = [config["common"] | task | methods[i % len(methods)] | small for i, task in enumerate(tasks)]
+    return [[f"{key}={value}" for key, value in row.items()] for row in rows]
 
 
 def main(argv=None):
@@ -279,8 +308,12 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"settings, with their defaults:\n\n{options_help(Settings)}")  # fmt: skip
     parser.add_argument("settings", nargs="+", metavar="key=value")
+    parser.add_argument("--preset", help=f"a yaml file, or one of {', '.join(presets())}")
+    parser.add_argument("--quick", action="store_true", help="the preset on a shipped model and two images")
+    args = parser.parse_args(argv)
     try:
-        evaluate(read_settings(parser.parse_args(argv).settings))
+        for words in preset_words(args.preset, args.quick) if args.preset else [[]]:
+            evaluate(read_settings([*words, *args.settings]))
     except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         sys.exit(f"ldm.evaluate: {error}")
 

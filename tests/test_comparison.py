@@ -17,7 +17,6 @@ from ldm.comparison import (
     EvaluationCounter,
     Task,
     intervals,
-    operator,
     run,
     step_memory,
     unconstrained,
@@ -26,7 +25,6 @@ from ldm.constraints import DecodedConstraint
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
 from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distance, kernel_parts, kid, lpips_weights
-from ldm.operators import Mask
 from ldm.sampling import DenoiserLike
 from ldm.table import COLUMNS, append_row, in_table, read_rows
 
@@ -97,14 +95,6 @@ def test_latent_tasks_are_put_on_latents_for_masks_only():
         assert task.linear == (name in ("half", "hole", "strokes"))
         assert isinstance(task.constraint(), DecodedConstraint) != task.linear
         assert task.noise == {"sigma_y": 0.05 if name == "blur" else 0.0}
-
-
-def test_operators():
-    assert operator("sr8", 64)[0](torch.zeros(1, 3, 64, 64)).shape == (1, 3, 8, 8)
-    assert isinstance(operator("hole", 32)[0], Mask) and operator("hole", 32)[0].mask.sum() == 32**2 - 14**2
-    for wrong in ("deblur", "sr", "srx"):
-        with pytest.raises(ValueError, match=f"task = '{wrong}': known are half, hole"):
-            operator(wrong, 32)
 
 
 def test_a_seed_is_an_image_s_own(gaussian):
