@@ -1,7 +1,6 @@
 """The denoiser's Jacobian J = dD/dx_t, measured: products J v and J^T u, and the whole matrix. Eigenvalues: ldm.linalg.arnoldi."""
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ldm.sampling import ARITHMETIC, DenoiserLike, jvp
@@ -51,13 +50,13 @@ class Jacobian:
             x_t = self.x_t.clone().requires_grad_()
             return torch.autograd.grad(self.D(x_t, self.t), x_t, u.clone())[0]
 
-    def symmetric(self, v):
+    def symmetric(self, v, method="forward-ad"):
         """(J + J^T) v / 2."""
-        return (self.jvp(v) + self.vjp(v)) / 2
+        return (self.jvp(v, method) + self.vjp(v)) / 2
 
-    def skew(self, v):
+    def skew(self, v, method="forward-ad"):
         """(J - J^T) v / 2. Zero for the ideal denoiser, whose J is a covariance matrix up to a factor (Tweedie)."""
-        return (self.jvp(v) - self.vjp(v)) / 2
+        return (self.jvp(v, method) - self.vjp(v)) / 2
 
     def dense(self, chunk=64):
         """J as a matrix, see `dense`; for a batch of one."""
@@ -74,18 +73,36 @@ class Jacobian:
 def dense(D, x_t, t, chunk=64):
     """J at one x_t [1, ...] with n values, as a matrix [m, n]: column j is the response of all m values of x0 to value j of x_t.
 
-    Exact, by forward-mode differentiation in batches of `chunk` columns; costs about 2n evaluations of D.
+    Exact, row by row: backward passes in batches of `chunk`, which cost about 3 m evaluations of D. Samples must not mix in D.
     """
     if x_t.shape[0] != 1:
         raise ValueError(f"x_t has batch size {x_t.shape[0]}: the dense Jacobian is of one sample, give [1, ...]")
-    n = x_t.numel()
-    units = torch.eye(n, dtype=x_t.dtype, device=x_t.device).view(n, *x_t.shape[1:])
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        rows = [
-            torch.func.jvp(lambda x: D(x, t), (x_t.expand_as(v).contiguous(),), (v.contiguous(),))[1].flatten(1)
-            for v in tqdm(units.split(chunk), "dense Jacobian", leave=False, delay=1)
-        ]
-    return torch.cat(rows).T.contiguous()
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, rows = x_t.clone(), []
+        with torch.no_grad():
+            x0 = D(x_t, t)
+        units = torch.eye(x0.numel(), dtype=x0.dtype, device=x0.device).view(-1, *x0.shape[1:])
+        for u in tqdm(units.split(chunk), "dense Jacobian", leave=False, delay=1):
+            x = x_t.expand(len(u), *x_t.shape[1:]).clone().requires_grad_()
+            rows.append(torch.autograd.grad(D(x, t), x, u)[0].flatten(1))
+    return torch.cat(rows)
+
+
+def columns_and_rows(J, places, method="forward-ad"):
+    """What a pixel moves and what moves it, [2, B, C, h, w]: squares of the columns of J and of its rows, summed over the pixel's
+    channels.
+
+    J       Jacobian at x_t [B, C, h, w]
+    places  (row, column) of the pixel of each sample
+    method  of the columns, see `Jacobian.jvp`; the rows are backward passes
+    """
+    total = torch.zeros(2, *J.x_t.shape, dtype=J.x_t.dtype, device=J.x_t.device)
+    for c in range(J.x_t.shape[1]):
+        v = torch.zeros_like(J.x_t)
+        for i, (row, column) in enumerate(places):
+            v[i, c, row, column] = 1
+        total += torch.stack([J.jvp(v, method), J.vjp(v)]).square()
+    return total
 
 
 __getattr__ = moved("ldm.jacobian", "ldm.linalg", "Ritz arnoldi")

@@ -1,6 +1,7 @@
 """What a checkpoint holds: the config that its tensors belong to, found out from their names and shapes.
 
     a U-Net of configs/adm or configs/latent-diffusion    ADM, latent diffusion on VQ-f4 and KL-f8
+    the paper's U-Net for MNIST                           configs/mnist/authors-22m.yaml
     another U-Net that takes text                         Stable Diffusion v1 and v2
     an autoencoder alone                                  any AutoencoderKL or VQModelInterface, its config read off the shapes
 
@@ -105,9 +106,11 @@ def unet_signature(shapes):
 
 @cache
 def known_unets():
-    """{Signature: path of the config} of all U-Nets in configs/adm and configs/latent-diffusion."""
+    """{Signature: path of the config} of the U-Nets in configs/adm and configs/latent-diffusion, and of the authors' for MNIST."""
     known = {}
-    for path in sorted([*(ROOT / "configs/adm").glob("*.yaml"), *(ROOT / "configs/latent-diffusion").glob("*.yaml")]):
+    configs = ROOT / "configs"
+    paths = [*configs.glob("adm/*.yaml"), *configs.glob("latent-diffusion/*.yaml"), configs / "mnist/authors-22m.yaml"]
+    for path in sorted(paths):
         unet = load_config(path).model.params.unet_config.params
         width = int(unet.channel_mult[0] * unet.model_channels)
         blocks = len(unet.channel_mult) * (unet.num_res_blocks + 1)

@@ -124,8 +124,22 @@ def arnoldi(matvec: Callable[[Tensor], Tensor], b: Tensor, n: int, tolerance: fl
             break
     values, residuals = (torch.full((len(b), n), torch.nan, dtype=dtype) for dtype in (torch.complex128, torch.float64))
     for k, m in enumerate(steps.tolist()):
-        theta, y = torch.linalg.eig(hessenberg[k, :m, :m])
-        order = theta.abs().argsort(descending=True)
-        values[k, :m] = theta[order]
-        residuals[k, :m] = (hessenberg[k, m, m - 1] * y[-1].abs() / y.norm(dim=0))[order]
+        values[k, :m], residuals[k, :m] = _ritz(hessenberg[k], m)
     return Ritz(values, residuals, Q[:, :n], hessenberg, steps)
+
+
+def leading_by_step(ritz: Ritz) -> tuple[Tensor, Tensor]:
+    """(values, residuals) of the leading Ritz pair after 1, 2 .. n steps, [B, n] each; NaN after a breakdown."""
+    values, residuals = torch.full_like(ritz.values, torch.nan), torch.full_like(ritz.residuals, torch.nan)
+    for k, steps in enumerate(ritz.steps.tolist()):
+        for m in range(1, steps + 1):
+            found = _ritz(ritz.hessenberg[k], m)
+            values[k, m - 1], residuals[k, m - 1] = found[0][0], found[1][0]
+    return values, residuals
+
+
+def _ritz(hessenberg, m):
+    """Ritz values [m] of the first m steps, the largest |.| first, and their residuals [m]."""
+    theta, y = torch.linalg.eig(hessenberg[:m, :m])
+    order = theta.abs().argsort(descending=True)
+    return theta[order], (hessenberg[m, m - 1] * y[-1].abs() / y.norm(dim=0))[order]

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -106,6 +107,13 @@ def save_images(images, folder, names="image"):
         with atomic_write(path) as temporary:
             image.save(temporary)
     return paths
+
+
+def colored(values, cmap="RdBu_r", low=-1.0, high=1.0):
+    """Numbers [B, H, W] or [B, 1, H, W] in a colour map of matplotlib, from low to high -> images [B, 3, H, W] in [-1, 1]."""
+    values = values.detach().float().cpu().reshape(len(values), *values.shape[-2:])
+    colors = colormaps[cmap](((values - low) / (high - low)).clamp(0, 1).numpy())
+    return torch.from_numpy(colors[..., :3]).float().permute(0, 3, 1, 2) * 2 - 1
 
 
 class _Shown(Figure):

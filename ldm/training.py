@@ -33,16 +33,18 @@ class Training(pl.LightningModule):
 
     sets, cache = ("",), None
 
-    def __init__(self, model, lr=1e-3, weight_decay=0.0, warmup=200, decay=None, decay_from=None, patience=None, seed=0):
+    def __init__(
+        self, model, lr=1e-3, weight_decay=0.0, warmup=200, seed=0, betas=(0.9, 0.99), decay=None, decay_from=None, patience=None
+    ):
         super().__init__()
         self.model = model
-        self.lr, self.weight_decay, self.warmup, self.seed = lr, weight_decay, warmup, seed
+        self.lr, self.weight_decay, self.warmup, self.seed, self.betas = lr, weight_decay, warmup, seed, betas
         self.decay, self.decay_from, self.patience = decay, decay_from, patience
         self.best, self.waited = math.inf, 0  # the lowest held-out loss, and the checks since
 
     def configure_optimizers(self):
         total = self.trainer.estimated_stepping_batches
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
 
         def factor(step):
             if self.decay is None:

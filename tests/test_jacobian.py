@@ -8,8 +8,8 @@ from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser, LatentDenoiser
-from ldm.jacobian import Jacobian
-from ldm.linalg import arnoldi
+from ldm.jacobian import Jacobian, columns_and_rows
+from ldm.linalg import arnoldi, leading_by_step
 from ldm.sampling import DenoiserLike, H, seeded_noise
 
 TIMES = [99, 500, 900]
@@ -168,6 +168,24 @@ def test_the_residuals_are_those_of_the_ritz_vectors():
         x = Q.T.to(y) @ (y[:, k] / y[:, k].norm())
         j = (ritz.values[0] - theta[k]).abs().argmin()
         assert (M.to(x) @ x - theta[k] * x).norm() == pytest.approx(ritz.residuals[0, j].item(), rel=1e-6, abs=1e-10)
+
+
+def test_the_leading_value_by_step_is_that_of_shorter_runs():
+    M, b = nonsymmetric(), seeded_noise((2, 200), [0, 1], dtype=torch.float64)()
+    values, residuals = leading_by_step(arnoldi(lambda v: v @ M.T, b, 8))
+    for n in (1, 3, 8):
+        shorter = arnoldi(lambda v: v @ M.T, b, n)
+        assert torch.allclose(values[:, n - 1].abs(), shorter.values[:, 0].abs())
+        assert torch.allclose(residuals[:, n - 1], shorter.residuals[:, 0])
+
+
+def test_columns_and_rows_of_a_pixel_are_those_of_the_matrix(gaussian):
+    x_t = seeded_noise((1, *gaussian.shape), [0], dtype=torch.float64)()
+    J = Jacobian(gaussian, x_t, 500)
+    matrix = J.dense().view(*x_t.shape[1:], *x_t.shape[1:])
+    column, row = columns_and_rows(J, [(2, 3)])
+    assert torch.allclose(column[0], matrix[..., :, 2, 3].square().sum(-1))
+    assert torch.allclose(row[0], matrix[:, 2, 3].square().sum(0))
 
 
 def test_the_basis_stays_orthogonal_where_one_gram_schmidt_would_not():

@@ -10,6 +10,7 @@ from ldm.denoisers import Denoiser
 from ldm.newton_sampler import sample
 from ldm.operators import downsample
 from ldm.sampling import jvp, seeded_noise
+from ldm.util import instantiate_from_config, load_config
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,17 @@ def test_alone_or_in_a_batch(D):
 def test_the_shipped_files_are_small():
     assert sum((ROOT / SHIPPED[name][1]).stat().st_size for name in ("mnist", "mnist-classifier")) < 4.5e6
     assert (ROOT / SHIPPED["mnist"][1]).stat().st_size <= 4e6
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_authors_network_has_22_million_parameters_and_its_pth_files_load(prefix, tmp_path):
+    torch.manual_seed(0)
+    model = instantiate_from_config(load_config(ROOT / "configs/mnist/authors-22m.yaml").model)
+    assert sum(p.numel() for p in model.unet.parameters()) == 22_078_017
+    path = tmp_path / "mnist.pth"
+    torch.save({prefix + name: value for name, value in model.unet.state_dict().items()}, path)
+    loaded = load_model(path, device="cpu")  # its config found out
+    assert loaded.parameterization == "eps" and loaded.image_size == 32
+    x, t = torch.randn(1, 1, 32, 32), torch.tensor([500])
+    with torch.no_grad():
+        assert torch.allclose(loaded.network(x, t), model.eval().network(x, t), atol=1e-5)

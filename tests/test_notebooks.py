@@ -14,9 +14,9 @@ from PIL import Image
 
 from ldm.constraints import LinearConstraint
 from ldm.linalg import max_norm, unit
-from ldm.newton_sampler import sample
+from ldm.newton_sampler import sample, step_lengths
 from ldm.operators import Mask
-from ldm.sampling import seeded_noise
+from ldm.sampling import jvp, seeded_noise
 from ldm.util import instantiate_from_config, load_config
 from ldm.weights import save_weights
 
@@ -92,11 +92,12 @@ def test_the_loop_written_out_is_the_library_s(path, gaussian):
     mask[..., 4:] = 0
     y = seeded_noise(shape, range(10, 14))() * mask
     constraint = LinearConstraint(Mask(mask), y)
-    namespace = dict(torch=torch, pairwise=pairwise, tqdm=lambda x, **_: x, unit=unit, max_norm=max_norm,
-                     seeded_noise=functools.partial(seeded_noise, dtype=torch.float64),
-                     device="cpu", steps=6, newton_steps=2, lr=(0.5, 0.1), h=0.005)  # fmt: skip
+    settings = dict(steps=6, newton_steps=3, lr=(0.5, 0.1), eta="paper", h=0.005, mode=None)
+    namespace = dict(torch=torch, pairwise=pairwise, tqdm=lambda x, **_: x, unit=unit, max_norm=max_norm, jvp=jvp,
+                     step_lengths=step_lengths, seeded_noise=functools.partial(seeded_noise, dtype=torch.float64),
+                     device="cpu")  # fmt: skip
     exec(loop, namespace)  # noqa: S102
-    x, history = namespace["newton"](gaussian, constraint, shape, seeds)
-    state = sample(gaussian, constraint, shape, seeds, steps=6, newton_steps=2, dtype=torch.float64)
+    x, history = namespace["newton"](gaussian, constraint, shape, seeds, **settings)
+    state = sample(gaussian, constraint, shape, seeds, **settings, dtype=torch.float64)
     assert x.dtype == torch.float64 and torch.allclose(x, state.x_t, atol=1e-8)
     assert len(history) == 6 and torch.equal(history[-1], x)

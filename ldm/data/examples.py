@@ -1,0 +1,58 @@
+"""Images that notebooks begin with, where the user gives none: held-out emoji for small models, photographs for large ones."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.emoji import sample_emoji
+from ldm.images import load_image
+
+PHOTO_SIZE = 256  # models of so many pixels a side and more get photographs
+# Numbers of held-out emoji (ldm.data.emoji.sample_emoji), and prompts that small models know: near to the images' own names.
+EMOJI = {
+    "inpainting": ([0, 1, 5, 9, 11, 13, 23, 31],
+                   ["crying face", "kissing face with closed eyes", "hamster face", "leafy green", "french fries", "evergreen tree",
+                    "bird", "mount fuji"]),
+    "super-resolution": ([0, 3, 9, 12, 18, 23, 27, 31], [""] * 8),
+    "style": ([9, 30], [""] * 2),
+    "joining": ([2, 3, 11, 12, 18, 19, 27, 28], [""] * 8),
+}  # fmt: skip
+# Photographs that come with scikit-image, in the public domain or CC0.
+PHOTOS = {
+    "inpainting": (["astronaut"], ["a portrait of an astronaut in an orange space suit"]),
+    "super-resolution": (["astronaut"], [""]),
+    "style": (["immunohistochemistry"], [""]),
+    "joining": (["coffee", "chelsea"], [""] * 2),
+}
+
+
+def examples(model, task: str, image=None) -> tuple[Tensor, list[str]]:
+    """(images [N, 3, H, W] in [-1, 1], prompts [N]) for a task: "inpainting", "super-resolution", "style" (references) or "joining"
+    (the first half of the images is joined with the second).
+
+    image   what `ldm.images.open_image` takes: this one, without a prompt; for joining, it and its mirror image. None: emoji, or
+            photographs for models of 256 pixels and more
+
+    Images are cropped to the model's square; one's own image for inpainting is as large as it is. ValueError for another task.
+    """
+    if task not in EMOJI:
+        raise ValueError(f"task = {task!r}: known are {', '.join(map(repr, EMOJI))}")
+    side = model.image_size * model.downsampling
+    if image is not None:
+        own = load_image(image, None if task == "inpainting" else (side, side), crop=True)
+        return (torch.cat([own, own.flip(3)]), [""] * 2) if task == "joining" else (own, [""])
+    if side >= PHOTO_SIZE:
+        names, words = PHOTOS[task]
+        return torch.cat([load_image(photo(name), (side, side), crop=True) for name in names]), list(words)
+    chosen, words = EMOJI[task]
+    images = sample_emoji()[0][chosen]
+    if images.shape[2] != side:
+        images = torch.nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return images, list(words)
+
+
+def photo(name: str) -> Image.Image:
+    """A photograph that scikit-image brings with it, by its name there."""
+    from skimage import data  # optional, and takes a second to import
+
+    return Image.fromarray(getattr(data, name)())
