@@ -9,19 +9,31 @@ Arguments of all: D, a denoiser (ldm/denoisers.py); constraint, a LinearConstrai
 ldm.sampling.Common. Samples of a batch never mix.
 """
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
+from ldm.constraints import Constraint, DecodedConstraint, LinearConstraint
 from ldm.fast_sampler import INNER
 from ldm.linalg import gcr, power_iteration, unit
 from ldm.newton_sampler import step_lengths
 from ldm.operators import Mask
-from ldm.sampling import Common, Run, State, begin, check_eta, seeded_noise
+from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, seeded_noise
 
 
-def dps(D, constraint, shape, seeds, steps=1000, zeta=1.0, eta=1.0, **common: Unpack[Common]):
+def dps(
+    D: DenoiserLike,
+    constraint: LinearConstraint | DecodedConstraint,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 1000,
+    zeta: float = 1.0,
+    eta: float | str = 1.0,
+    **common: Unpack[Common],
+) -> States:
     """Diffusion posterior sampling (Chung et al., ICLR 2023, Algorithm 1), for LinearConstraint and DecodedConstraint:
 
         x_s = ancestral step from (x_t, D(x_t, t)),   x_s <- x_s - zeta grad_{x_t} |y - A D(x_t, t)|_2
@@ -31,7 +43,7 @@ def dps(D, constraint, shape, seeds, steps=1000, zeta=1.0, eta=1.0, **common: Un
     """
     _positive(zeta=zeta)
     run = _start(D, shape, seeds, steps, eta, common)
-    pixels = constraint.pixels if constraint.through_decoder else constraint
+    pixels = constraint.pixels if isinstance(constraint, DecodedConstraint) else constraint
     return _dps(run, constraint, zeta, eta, lambda residual: residual * pixels.count.sqrt())
 
 
@@ -45,7 +57,17 @@ def _dps(run, constraint, zeta, eta, norm):
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def gradient_steps(D, constraint, shape, seeds, steps=20, gradient_steps=5, lr=(0.5, 0.1), eta=0.0, **common: Unpack[Common]):
+def gradient_steps(
+    D: DenoiserLike,
+    constraint: Constraint,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 20,
+    gradient_steps: int = 5,
+    lr: float | Sequence[float] = (0.5, 0.1),
+    eta: float | str = 0.0,
+    **common: Unpack[Common],
+) -> States:
     """The Newton sampler's loop with the gradient J^T e in the place of J e (FreeDoM, Yu et al., ICCV 2023, with this paper's
     normalisation), for any constraint:
 
@@ -73,7 +95,16 @@ def _gradient_steps(run, constraint, lengths, eta):
         yield State(i + 1, now.t, x_t, x0, residual, D.calls)
 
 
-def mpgd(D, constraint, shape, seeds, steps=100, scale=1.0, eta=0.0, **common: Unpack[Common]):
+def mpgd(
+    D: DenoiserLike,
+    constraint: LinearConstraint,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 100,
+    scale: float = 1.0,
+    eta: float | str = 0.0,
+    **common: Unpack[Common],
+) -> States:
     """Manifold preserving guided diffusion (He et al., ICLR 2024, Algorithm 1, without autoencoder): the gradient with respect to
     x0, eps as before.
 
@@ -88,7 +119,16 @@ def mpgd(D, constraint, shape, seeds, steps=100, scale=1.0, eta=0.0, **common: U
     return _corrected(run, constraint, eta, lambda x0, now, to: c * constraint(x0)[0])
 
 
-def ddnm(D, constraint, shape, seeds, steps=100, sigma_y=0.0, eta=0.85, **common: Unpack[Common]):
+def ddnm(
+    D: DenoiserLike,
+    constraint: LinearConstraint,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 100,
+    sigma_y: float = 0.0,
+    eta: float | str = 0.85,
+    **common: Unpack[Common],
+) -> States:
     """Denoising diffusion null-space model (Wang et al., ICLR 2023, eq. 13; with noise the weight of eq. 17): projection.
 
         x0 <- x0 + lambda A^+ (y - A x0),   DDIM step with eta = 0.85,   lambda = min(1, sigma_s / (alpha_s sigma_y))
@@ -116,7 +156,18 @@ def _corrected(run, constraint, eta, correction):
         yield State(i + 1, now.t, x_t, correct, constraint.residual(correct), D.calls)
 
 
-def psld(D, constraint, encode, shape, seeds, steps=1000, omega=1.0, gamma=0.1, eta=1.0, **common: Unpack[Common]):
+def psld(
+    D: DenoiserLike,
+    constraint: DecodedConstraint,
+    encode: Callable[[Tensor], Tensor],
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 1000,
+    omega: float = 1.0,
+    gamma: float = 0.1,
+    eta: float | str = 1.0,
+    **common: Unpack[Common],
+) -> States:
     """Posterior sampling with latent diffusion (Rout et al., NeurIPS 2023, Algorithm 2), for a DecodedConstraint:
 
         x_s = ancestral step,  x_s <- x_s - grad_{x_t} ( omega |y - A Dec(x0)|_2 + gamma |x0 - Enc(A^+ y + (1 - A^+ A) Dec(x0))|_2 )
@@ -147,7 +198,15 @@ def _psld(run, constraint, encode, omega, gamma, eta):
         yield State(i + 1, now.t, x_t, x0, pixels.rms(r.detach()), D.calls)
 
 
-def repaint(D, constraint, shape, seeds, steps=250, resamples=10, **common: Unpack[Common]):
+def repaint(
+    D: DenoiserLike,
+    constraint: LinearConstraint,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 250,
+    resamples: int = 10,
+    **common: Unpack[Common],
+) -> States:
     """RePaint (Lugmayr et al., CVPR 2022, Algorithm 1), for masks only: what is known is pasted in at every noise level, and each
     step is repeated after noising back, so that the rest gets to know of it.
 
@@ -178,7 +237,17 @@ def _repaint(run, constraint, resamples):
         yield State(i + 1, now.t, x_t, x0, constraint.residual(x0 if to.sigma > 0 else x_s), D.calls)
 
 
-def diffpir(D, constraint, shape, seeds, steps=100, sigma_y=0.0, weight=7.0, zeta=0.3, **common: Unpack[Common]):
+def diffpir(
+    D: DenoiserLike,
+    constraint: LinearConstraint,
+    shape: Sequence[int],
+    seeds: Sequence[int] | None,
+    steps: int = 100,
+    sigma_y: float = 0.0,
+    weight: float = 7.0,
+    zeta: float = 0.3,
+    **common: Unpack[Common],
+) -> States:
     """Denoising diffusion models for plug-and-play restoration (Zhu et al., CVPR workshops 2023, Algorithm 1):
 
         x0 <- argmin_x |y - A x|^2 + rho |x - D(x_t, t)|^2,   rho = weight sigma_y^2 alpha_t^2 / sigma_t^2

@@ -13,8 +13,10 @@ thresholding of x0, safety checker, watermark) is not part of D.
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -325,7 +327,15 @@ def only_variant(folder):
     return None if plain else variants.pop()
 
 
-def from_diffusers(source, size=None, prediction=None, device=None, dtype=None, variant=None, **kwargs):
+def from_diffusers(
+    source: str | Path | diffusers.DiffusionPipeline,
+    size: Sequence[int] | None = None,
+    prediction: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    **kwargs: Any,
+) -> "PipelineModel":
     """A diffusers pipeline as a model for the sampler: a PipelineModel.
 
     source      a pipeline object, (unet, scheduler) of a pixel model, or a path or hub name for DiffusionPipeline.from_pretrained,

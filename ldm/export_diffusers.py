@@ -25,7 +25,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.checkpoints import load_model, locate, read_config
+from ldm.checkpoints import Config, load_model, locate, read_config
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"  # as transformers' tokenizer names them
@@ -195,7 +195,7 @@ def to_pipeline(model, config):
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
 
 
-def export(source, out, config=None):
+def export(source: str | Path, out: str | Path, config: Config | None = None) -> StableDiffusionPipeline:
     """Write the model `source`, with `config` where needed, to the folder `out`. Returns the pipeline.
 
     source: a shipped model's name, its folder (checkpoints/tiny), or a .safetensors or .ckpt file. Errors are those of load_model.

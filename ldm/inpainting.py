@@ -3,6 +3,8 @@
 Images are [B, C, H, W] float32 in [-1, 1]. Masks are [B or 1, 1, H, W] of 1 (known, kept) and 0 (to be filled in): ldm/masks.py.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -116,7 +118,7 @@ def blend(sampled: Tensor, image: Tensor, mask: Tensor, feather: int = 0, poisso
     return torch.where(weight == 1, image, sampled + weight * (image - sampled))
 
 
-def reencode(model, z, image, mask):
+def reencode(model: Any, z: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Latents of the whole image, Enc(M image + (1 - M) Dec(z)): at last the encoder sees what is in the hole, where the known
     latents of the constraint came from a smooth continuation. Dec of them has the known region as well as the autoencoder can.
 

@@ -1,6 +1,9 @@
 """The denoiser's Jacobian J = dD/dx_t, measured: products J v and J^T u, and the whole matrix. Eigenvalues: ldm.linalg.arnoldi."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.sampling import ARITHMETIC, DenoiserLike, jvp
@@ -18,7 +21,7 @@ class Jacobian:
     h      length of finite differences; None: by D's arithmetic, of a plain function by that of float32
     """
 
-    def __init__(self, D, x_t, t, h=None):
+    def __init__(self, D: Callable[[Tensor, float], Tensor], x_t: Tensor, t: float, h: float | None = None):
         if isinstance(D, DenoiserLike):
             D.schedule.level(t)
         if h is not None and not h > 0:
@@ -29,7 +32,7 @@ class Jacobian:
             self.x_t = x_t.clone()
             self.x0 = D(self.x_t, t)
 
-    def jvp(self, v, method="forward-ad"):
+    def jvp(self, v: Tensor, method: str = "forward-ad") -> Tensor:
         """J v for v [B, ...] of x_t's shape -> x0's shape.
 
         "forward-ad": exact, one evaluation of D at two to three times its cost. "difference": one-sided, error of order h, one
@@ -41,24 +44,26 @@ class Jacobian:
         with torch.inference_mode(False), torch.no_grad():
             if method == "central":
                 return (self._difference(v) - self._difference(-v)) / 2
-            return self._difference(v) if method == "difference" else jvp(self.D, self.x_t, self.t, v, h=self.h, mode="forward-ad")
+            if method == "difference":
+                return self._difference(v)
+            return jvp(self.D, self.x_t, self.t, v, h=self.h, mode="forward-ad")  # type: ignore[arg-type]  # any function will do
 
-    def vjp(self, u):
+    def vjp(self, u: Tensor) -> Tensor:
         """J^T u for u [B, ...] of x0's shape -> x_t's shape. Exact: one evaluation of D with its graph, one backward pass."""
         self._check("u", u, self.x0)
         with torch.inference_mode(False), torch.enable_grad():
             x_t = self.x_t.clone().requires_grad_()
             return torch.autograd.grad(self.D(x_t, self.t), x_t, u.clone())[0]
 
-    def symmetric(self, v, method="forward-ad"):
+    def symmetric(self, v: Tensor, method: str = "forward-ad") -> Tensor:
         """(J + J^T) v / 2."""
         return (self.jvp(v, method) + self.vjp(v)) / 2
 
-    def skew(self, v, method="forward-ad"):
+    def skew(self, v: Tensor, method: str = "forward-ad") -> Tensor:
         """(J - J^T) v / 2. Zero for the ideal denoiser, whose J is a covariance matrix up to a factor (Tweedie)."""
         return (self.jvp(v, method) - self.vjp(v)) / 2
 
-    def dense(self, chunk=64):
+    def dense(self, chunk: int = 64) -> Tensor:
         """J as a matrix, see `dense`; for a batch of one."""
         return dense(self.D, self.x_t, self.t, chunk)
 
@@ -70,7 +75,7 @@ class Jacobian:
             raise ValueError(f"{name} has shape {list(given.shape)}, but this Jacobian takes {list(like.shape)}")
 
 
-def dense(D, x_t, t, chunk=64):
+def dense(D: Callable[[Tensor, float], Tensor], x_t: Tensor, t: float, chunk: int = 64) -> Tensor:
     """J at one x_t [1, ...] with n values, as a matrix [m, n]: column j is the response of all m values of x0 to value j of x_t.
 
     Exact, row by row: backward passes in batches of `chunk`, which cost about 3 m evaluations of D. Samples must not mix in D.

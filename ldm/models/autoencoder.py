@@ -1,7 +1,7 @@
 """The autoencoders between images and latents (Rombach et al. 2022), at the path that published configs name."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -34,7 +34,7 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(self.embed_dim, z_channels, 1)
         self.tile(None)
 
-    def tile(self, size=512, overlap=0.25):
+    def tile(self, size: int | None = 512, overlap: float = 0.25) -> "Autoencoder":
         """Encode and decode images larger than size x size in overlapping tiles, blended linearly; None: all at once.
 
         size: of the tiles, in pixels, a multiple of `downsampling`
@@ -47,10 +47,10 @@ class Autoencoder(nn.Module):
         if not 0 <= overlap <= 0.5:
             raise ValueError(f"overlap = {overlap}: give a fraction of the tile from 0 to 0.5")
         self.tile_size = None if size is None else int(size) // self.downsampling  # in latent pixels
-        self.tile_overlap = None if size is None else round(overlap * self.tile_size)
+        self.tile_overlap = None if self.tile_size is None else round(overlap * self.tile_size)
         return self
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         """Latent [B, embed_dim, h, w] -> image [B, out_ch, f*h, f*w], about -1 .. 1 (not clamped).
 
         Raises ValueError on another shape or an integer dtype.
@@ -112,7 +112,9 @@ class AutoencoderKL(Autoencoder):
         self._check("x", x, self.in_channels, self.downsampling)
         return DiagonalGaussianDistribution(self._in_parts(self._encode, x, self.downsampling, 1))
 
-    def forward(self, x, sample_posterior=False, generator=None):
+    def forward(
+        self, x: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """(reconstruction of x, posterior), from the posterior's mean or (sample_posterior) a sample of it."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode()), posterior
@@ -157,7 +159,7 @@ class VQModel(Autoencoder):
         """
         return self.quantize(self.encode_unquantised(x))
 
-    def encode_unquantised(self, x):
+    def encode_unquantised(self, x: Tensor) -> Tensor:
         """Image [B, in_channels, H, W] in -1 .. 1 -> z [B, embed_dim, H/f, W/f] before it is quantised."""
         self._check("x", x, self.in_channels, self.downsampling)
         return self._in_parts(self._encode, x, self.downsampling, 1)
@@ -181,7 +183,7 @@ class VQModelInterface(VQModel):
         """Image [B, in_channels, H, W] in -1 .. 1 -> z [B, embed_dim, H/f, W/f], not quantised."""
         return self.encode_unquantised(x)
 
-    def decode(self, z, force_not_quantize=False):
+    def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Latent [B, embed_dim, h, w] -> image [B, out_ch, f*h, f*w], about -1 .. 1 (not clamped), of the nearest codes,
         or (force_not_quantize) of z as it is. Raises ValueError on another shape or an integer dtype.
         """

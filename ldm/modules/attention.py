@@ -3,7 +3,7 @@
 Attribute names are those of the published state dicts.
 """
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -14,7 +14,7 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim_in, 2 * dim_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj(x).chunk(2, dim=-1)
         return a * F.gelu(b)
 
@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
         first = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
         self.net = nn.Sequential(first, nn.Dropout(dropout), nn.Linear(inner, dim))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
-    def forward(self, x, context=None):  # [B, N, C], [B, M, C_context]
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # [B, N, C], [B, M, C_context]
         context = x if context is None else context
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
@@ -65,7 +65,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x, context=None):  # [B, N, C]
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # [B, N, C]
         x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -90,7 +90,7 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x, context=None):  # [B, C, H, W], [B, M, C_context]
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # [B, C, H, W], [B, M, C_context]
         h = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         h = pointwise(self.proj_in, h)
         for block in self.transformer_blocks:
@@ -99,7 +99,7 @@ class SpatialTransformer(nn.Module):
         return x + h
 
 
-def pointwise(layer, h):
+def pointwise(layer: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:
     """A linear layer or 1x1 convolution on tokens [B, N, C]: without a change of layout."""
     return F.linear(h, layer.weight.flatten(1), layer.bias)
 
@@ -120,7 +120,7 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x):  # [B, C, H, W]
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         h = self.qkv(self.norm(x).flatten(2))  # [B, 3*C, N]
         if self.new_order:
             q, k, v = h.unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [B, heads, dim, N]

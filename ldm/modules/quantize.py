@@ -1,7 +1,7 @@
 """The quantiser of VQ autoencoders (van den Oord et al. 2017; VQGAN, Esser et al. 2021)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class VectorQuantizer(nn.Module):
@@ -10,17 +10,17 @@ class VectorQuantizer(nn.Module):
     Names as published: `embedding.weight` [n_embed, embed_dim].
     """
 
-    def __init__(self, n_embed, embed_dim):
+    def __init__(self, n_embed: int, embed_dim: int):
         super().__init__()
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         """z [B, embed_dim, h, w] -> the nearest codes, same shape and dtype, with dz as their derivative."""
         codes = self.embedding(self.indices(z)).movedim(-1, 1).to(z.dtype)
         return z + (codes - z).detach()
 
     @torch.no_grad()
-    def indices(self, z):
+    def indices(self, z: Tensor) -> Tensor:
         """z [B, embed_dim, h, w] -> the number of each pixel's nearest code, [B, h, w], int64. Distances in float32."""
         codebook = self.embedding.weight.detach().float()
         half_squares = codebook.square().sum(1) / 2

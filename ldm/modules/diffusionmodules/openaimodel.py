@@ -4,7 +4,7 @@ Constructor arguments and state-dict names are those of the published configs an
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import AttentionBlock, SpatialTransformer
@@ -55,7 +55,7 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x, emb):  # [B, C, H, W], [B, C_emb]
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # [B, C, H, W], [B, C_emb]
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
@@ -209,7 +209,7 @@ class UNetModel(nn.Module):
         if use_fp16 or use_bf16:
             self.to(torch.float16 if use_fp16 else torch.bfloat16)
 
-    def forward(self, x, timesteps, context=None, y=None):
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         self._check(x, timesteps, context, y)
         dtype = self.out[2].weight.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # [B, 4*model_channels]
@@ -259,6 +259,8 @@ class PatchUNetModel(nn.Module):
         self.patch_size = patch_size
         self.unet = UNetModel(in_channels=in_channels * patch_size**2, out_channels=out_channels * patch_size**2, **unet_params)
 
-    def forward(self, x, timesteps, context=None, y=None):  # [B, in_channels, H, W]
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:  # [B, in_channels, H, W]
         h = self.unet(nn.functional.pixel_unshuffle(x, self.patch_size), timesteps, context, y)
         return nn.functional.pixel_shuffle(h, self.patch_size)  # [B, out_channels, H, W]

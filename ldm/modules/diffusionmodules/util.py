@@ -39,20 +39,20 @@ def zero_module(module: nn.Module) -> nn.Module:
 class Upsample(nn.Module):
     """Nearest x2, then (use_conv) a 3x3 convolution."""
 
-    def __init__(self, channels, use_conv, out_channels=None):
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
 
-    def forward(self, x):  # [B, C, H, W]
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # [B, C', 2H, 2W]
 
 
 class Downsample(nn.Module):
     """A 3x3 convolution of stride 2 (use_conv) or a 2x2 average."""
 
-    def __init__(self, channels, use_conv, out_channels=None):
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
         super().__init__()
         self.op = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x):  # [B, C, H, W]
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         return self.op(x)  # [B, C', H/2, W/2]
