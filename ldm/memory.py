@@ -69,7 +69,7 @@ def expected_peak(D, constraint, shape, weights: nn.Module | None = None) -> flo
     with torch.no_grad():
         peak = peak_bytes(lambda x: D(x, t), x)
     if ARITHMETIC[D.arithmetic].mode == "forward-ad":
-        peak *= FORWARD_AD
+        peak = round(peak * FORWARD_AD)
     if constraint is not None:
         peak = max(peak, peak_bytes(constraint, x))
     held = 0 if weights is None else sum(p.nbytes for p in [*weights.parameters(), *weights.buffers()])
