@@ -180,7 +180,7 @@ def test_the_leading_value_by_step_is_that_of_shorter_runs():
 
 
 def test_columns_and_rows_of_a_pixel_are_those_of_the_matrix(gaussian):
-    x_t = seeded_noise((1, *gaussian.shape), [0], dtype=torch.float64)()
+    x_t = seeded_noise((1, 1, 8, 8), [0], dtype=torch.float64)()
     J = Jacobian(gaussian, x_t, 500)
     matrix = J.dense().view(*x_t.shape[1:], *x_t.shape[1:])
     column, row = columns_and_rows(J, [(2, 3)])
