@@ -1,10 +1,10 @@
 # Every target sets up .venv by itself; nothing is assumed but Python >= 3.10 with venv, and make.
-#   make demo         inpainting on the shipped model; pictures in outputs/
+#   make demo         inpainting on the shipped model; images in outputs/
 #   make test         all tests that need no GPU, in two processes (JOBS=4 make test: in four)
 #   make lab          JupyterLab on the notebooks
 #   make lint         ruff (notebooks included) and mypy
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
-#   make data-emoji   fetch and prepare the captioned pictures for configs/tiny, into data/
+#   make data-emoji   fetch and prepare the captioned images for configs/tiny, into data/
 #   make data-lpips   fetch AlexNet's weights (64 MB), which LPIPS needs, into data/
 #   make train-tiny   train the four tiny models one after the other, into runs/ and checkpoints/tiny/
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""Every method of constrained sampling on the same network, pictures and seeds: quality against cost.
+"""Every method of constrained sampling on the same network, images and seeds: quality against cost.
 
     python benchmarks/compare.py [--models mnist tiny] [--tasks half hole ...] [--methods newton fast ...]
                                  [--budgets 20 44 100 220 1000] [--images 256] [--compile] [--quick]
@@ -11,7 +11,7 @@ Appends one row per (model, task, method, budget, images) to --out/compare.csv a
 interrupted run goes on and a deleted line is made anew; what was sampled is kept in outputs/compare/ for paired differences. Then
 writes compare-MODEL.md, compare-MODEL.png (quality against seconds) and compare-MODEL-ranking.png (at 44 evaluations); of rows that
 differ in the number of images only, those of the most images. --quick: 4 images, two tasks, two budgets, into
-outputs/compare-quick. --report: only write what follows from the rows. --models tiny needs the captioned pictures
+outputs/compare-quick. --report: only write what follows from the rows. --models tiny needs the captioned images
 (make data-emoji), mnist the MNIST data.
 
 Every number has a 95 % bootstrap interval over the images. Seconds are the process's CPU seconds per image (on a GPU: wall). Memory
@@ -61,7 +61,7 @@ def main(argv=None):
     parser.add_argument("--report", action="store_true", help="sample nothing")
     parser.add_argument("--compile", action="store_true", help="the network, by torch.compile")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--data", default="data", help="folder of the pictures")
+    parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
     if args.quick:

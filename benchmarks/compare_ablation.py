@@ -2,7 +2,7 @@
 
     python benchmarks/compare_ablation.py [--images 64] [--budget 44] [--tasks half hole sr4 blur] [--variants ...]
 
-On mnist, with the pictures, seeds and measures of compare.py. Appends to --out/compare_ablation.csv, skips rows that are there, and
+On mnist, with the images, seeds and measures of compare.py. Appends to --out/compare_ablation.csv, skips rows that are there, and
 writes compare_ablation.md: means, with half the width of the 95 % bootstrap interval.
 """
 

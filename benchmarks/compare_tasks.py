@@ -1,4 +1,4 @@
-"""The shipped models as compare.py's: pictures, denoiser, labels, and the features that KID is measured in."""
+"""The shipped models as compare.py's: images, denoiser, labels, and the features that KID is measured in."""
 
 import torch
 from tiny import Clip
@@ -45,7 +45,7 @@ class Mnist(_Model):
 
 
 class Tiny(_Model):
-    """Held-out emoji in a random order, at most 128, without prompts; features of the shipped CLIP, KID to the held-out pictures
+    """Held-out emoji in a random order, at most 128, without prompts; features of the shipped CLIP, KID to the held-out images
     after the first 128. Label accuracy has no meaning here."""
 
     most, usual = 128, 128
@@ -60,7 +60,7 @@ class Tiny(_Model):
         self.reference = self.judge.features(from_uint8(held_out.images[order[self.most :]]))
 
     def measure(self, z, task):
-        """{measure: [N]} and the features of the pictures of latents z."""
+        """{measure: [N]} and the features of the images of latents z."""
         x = task.pictures(z)
         return task.measure(x) | dict(features=self.judge.features(x.clamp(-1, 1)), accuracy=torch.full((len(x),), float("nan")))
 

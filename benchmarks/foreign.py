@@ -5,10 +5,10 @@ between two interfaces: D and its schedule as theirs, our operator as theirs, an
 sample, so that samples never mix and begin at the same noise as with the other methods. Both come with requirements.txt.
 
 Left out, with the reason:
-    azula JFPS              needs a covariance of the pictures
-    azula TDS               a population of particles for each picture, weighted against each other
+    azula JFPS              needs a covariance of the images
+    azula TDS               a population of particles for each image, weighted against each other
     deepinv MMPS            its conjugate gradients stop by a tolerance: no fixed number of evaluations (azula's has one)
-    deepinv on latents      DiffPIR and DPS clip x0 to [-1, 1], as pictures are; latents are not
+    deepinv on latents      DiffPIR and DPS clip x0 to [-1, 1], as images are; latents are not
     through a decoder       all but DPS and MMPS: they need a linear A (RePaint: a mask; DDRM: singular values)
 """
 
@@ -120,7 +120,7 @@ def _azula_samplers():
     }
 
 
-# ---- deepinv: pictures in [0, 1], noise levels as sigma / alpha in the same units, operators by their singular values
+# ---- deepinv: images in [0, 1], noise levels as sigma / alpha in the same units, operators by their singular values
 
 
 def deepinv(kind):

@@ -1,4 +1,4 @@
-"""Pictures larger than a model was trained at: time and memory by their size, all at once and on overlapping windows.
+"""Images larger than a model was trained at: time and memory by their size, all at once and on overlapping windows.
 
     python benchmarks/large.py [--device auto] [--quick] [--dtype bf16] [--batch 4]
     python benchmarks/large.py --figure
@@ -6,7 +6,7 @@
 The first: one evaluation of the denoiser and one of the decoder of Stable Diffusion v1 with random weights, each once after a
 warm-up at 512x512; windows of 512x512, D's with half of that as overlap and --batch of them per call, the decoder's with a quarter.
 Writes results/large-<device>.md row by row. --quick: networks of a tenth and a quarter of the width.
-The second: 256x256 pictures by the model `tiny`, which was trained at 64x64; writes results/large-tiny.png.
+The second: 256x256 images by the model `tiny`, which was trained at 64x64; writes results/large-tiny.png.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Random weights do the same work as trained ones. Each group (dtype, eager or compiled, batch, guidance off or on) runs plain
 sampling (20 evaluations), the paper's loop (220), the default fast solver, and gradient steps J^T e with as many inner steps as the
-paper's loop, each once after a warm-up: the right half of a 512x512 picture is missing. Guidance on doubles the network's batch.
+paper's loop, each once after a warm-up: the right half of a 512x512 image is missing. Guidance on doubles the network's batch.
 The groups go by importance; a run that would not end within --minutes is left out, and said to be. Writes
 results/sampling-<device>.csv and .md. What the compiler made is kept by PyTorch, so that a second call gets further.
 
@@ -140,7 +140,7 @@ def network_flop(quick, size):
 
 
 class Problem:
-    """The right half of a random picture is missing: denoiser, constraint and the four samplers."""
+    """The right half of a random image is missing: denoiser, constraint and the four samplers."""
 
     def __init__(self, model, group, pixels, device, steps):
         self.model, self.group, self.device, self.steps = model, group, device, steps
@@ -150,7 +150,7 @@ class Problem:
         self.shape = (group.batch, 4, pixels // 8, pixels // 8)
 
     def prepare(self, method):
-        """(D, constraint): the text and the picture are encoded."""
+        """(D, constraint): the text and the image are encoded."""
         on = self.group.guided
         D = LatentDenoiser(self.model, "a photograph of a lake" if on else "", guidance=3.0 if on else 1.0)
         if self.group.compiled:

@@ -1,15 +1,15 @@
-"""What the notebooks under stable-diffusion/ do, measured on more pictures than they show:
+"""What the notebooks under stable-diffusion/ do, measured on more images than they show:
 
     python benchmarks/tasks.py [--tasks inpainting flow superres style] [--pictures 64] [--out benchmarks/results]
 
-inpainting  the right half of held-out pictures is missing, seeds 0 to 3 in turn; the paper's loop with the constraint on latents
+inpainting  the right half of held-out images is missing, seeds 0 to 3 in turn; the paper's loop with the constraint on latents
             and on decoded pixels, the fast solver in VAE space (no backward pass), and the projection without Jacobian
             (x0 + A^T r) at as many evaluations as the loop
 flow        the same with the rectified flow, `--flow`
-superres    four-fold, on a quarter as many pictures: the decoder's gradient and the encoder's difference, next to bicubic
-style       32 training captions, each with a held-out picture as reference, guided and unguided
+superres    four-fold, on a quarter as many images: the decoder's gradient and the encoder's difference, next to bicubic
+style       32 training captions, each with a held-out image as reference, guided and unguided
 
-Needs the captioned pictures (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json, after each
+Needs the captioned images (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json, after each
 method what is there so far: each takes minutes.
 """
 
@@ -40,7 +40,7 @@ from ldm.util import resolve_device
 
 
 def first_of_each(dataset):
-    """One picture number for each (name, style), without skin tones."""
+    """One image number for each (name, style), without skin tones."""
     seen = {}
     for i, key in enumerate(zip(dataset.names, dataset.styles.tolist(), strict=True)):
         seen.setdefault(key, i)
@@ -122,7 +122,7 @@ def superres(model, images, device, factor=4):
 
 
 def style(model, images, captions, names, device, lr=(0.1, 0.03)):
-    """captions: one for each reference picture; names: the captions that are ranked; lr: the notebook's."""
+    """captions: one for each reference image; names: the captions that are ranked; lr: the notebook's."""
     judge, loss = Clip(device), gram_distance(load_clip_vision(device=device), model.decode, images)
     D, shape = LatentDenoiser(model, captions, 3.0), (len(captions), model.channels, model.image_size, model.image_size)
     unguided = sample(D, None, shape, range(len(captions)), steps=20, device=device)

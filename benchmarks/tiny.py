@@ -59,7 +59,7 @@ class Clip:
         return in_batches(lambda x: self.clip.encode_image(x, normalize=True), images, self.device)
 
     def ranks(self, features, captions, candidates):
-        """For each picture, how many of the candidates (list of strings) fit better than its own caption. [N]"""
+        """For each image, how many of the candidates (list of strings) fit better than its own caption. [N]"""
         ids = self.tokenizer(list(candidates), self.clip.context_length).to(self.device)
         with torch.inference_mode():
             text = self.clip.encode_text(ids, normalize=True).cpu()
@@ -116,7 +116,7 @@ def smoothness(autoencoder, images, device, by=0.05):
 
 
 def retrieval(clip, images, names):
-    """Shares of pictures whose own name is among the first 1, 10 and 5 % of all the names."""
+    """Shares of images whose own name is among the first 1, 10 and 5 % of all the names."""
     candidates = list(dict.fromkeys(names))
     ranks = clip.ranks(clip.features(images), names, candidates)
     return {
@@ -128,7 +128,7 @@ def retrieval(clip, images, names):
 
 
 def generate(model, captions, steps, guidance, device, batch=64):
-    """One picture [3, 64, 64] for each caption, seeds 0, 1, 2 ..."""
+    """One image [3, 64, 64] for each caption, seeds 0, 1, 2 ..."""
     pictures, shape = [], (model.channels, model.image_size, model.image_size)
     for start in tqdm(range(0, len(captions), batch), f"{steps} steps", leave=False):
         part = captions[start : start + batch]
@@ -253,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="*", default=["tiny", "tiny-flow"])
-    parser.add_argument("--captions", type=int, default=256, help="training captions to generate pictures for")
+    parser.add_argument("--captions", type=int, default=256, help="training captions to generate images for")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--data", default="data", help="folder of emoji/emoji.npz")

@@ -1,6 +1,6 @@
 """Methods of constrained sampling on equal terms: tasks, settings for a budget of network evaluations, costs, measures.
 
-What benchmarks/compare.py (the shipped models) and ldm/evaluate.py (your pictures) share.
+What benchmarks/compare.py (the shipped models) and ldm/evaluate.py (your images) share.
 """
 
 import os
@@ -31,7 +31,7 @@ TASKS = {name: PROBLEMS[name].label for name in ("half", "hole", "strokes", "spa
 
 
 class Task:
-    """A measurement of pictures, and what the methods need to know of it.
+    """A measurement of images, and what the methods need to know of it.
 
     name         of a problem, see ldm/problems.py
     images       [N, C, H, H] in [-1, 1]
@@ -64,14 +64,14 @@ class Task:
 
     @torch.inference_mode()
     def pictures(self, x, batch=32):
-        """Samples of x_t's kind -> pictures [N, C, H, H], not clipped to [-1, 1]."""
+        """Samples of x_t's kind -> images [N, C, H, H], not clipped to [-1, 1]."""
         return x if self.first_stage is None else torch.cat([self.first_stage.decode(part) for part in x.split(batch)])
 
     def measure(self, x):
-        """{measure: [N]} of pictures x, on the CPU: RMSE of what was measured, of x as it is; PSNR, SSIM and LPIPS against the
+        """{measure: [N]} of images x, on the CPU: RMSE of what was measured, of x as it is; PSNR, SSIM and LPIPS against the
         truth, of x clipped to [-1, 1].
 
-        LPIPS takes 64 x 64 pixels and more: smaller pictures are enlarged, grey ones tripled. NaN where its weights are missing.
+        LPIPS takes 64 x 64 pixels and more: smaller images are enlarged, grey ones tripled. NaN where its weights are missing.
         """
         residual = self.pixels.residual(x)
         lpips = lpips_distance(large(x), large(self.images)) if lpips_weights() else torch.full_like(residual, float("nan"))
@@ -80,7 +80,7 @@ class Task:
 
 
 def large(x):
-    """Pictures as AlexNet takes them: at least 64 x 64 pixels, three channels."""
+    """Images as AlexNet takes them: at least 64 x 64 pixels, three channels."""
     return interpolate(x, size=max(64, x.shape[3]), mode="bilinear").expand(-1, 3, -1, -1)
 
 
@@ -248,7 +248,7 @@ def unconstrained(D, constraint, **settings):
 def intervals(values, reference):
     """Mean and 95 % percentile bootstrap interval over the images of each measure: {name, name_low, name_high}.
 
-    values: {measure: [N]} and features [N, d]; reference: features [M, d] of true pictures, for KID.
+    values: {measure: [N]} and features [N, d]; reference: features [M, d] of true images, for KID.
     """
     draws, row = bootstrap(len(values["residual"])), {}
     for name in PER_IMAGE:

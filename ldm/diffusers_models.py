@@ -90,7 +90,7 @@ class PipelineModel:
         size = tuple(n * self.downsampling for n in own) if size is None else tuple(size)
         multiple = self.downsampling * self.multiple
         if len(size) != 2 or min(size) < 1 or any(n % multiple for n in size):
-            raise ValueError(f"size = {size}: give (height, width) of pictures in positive multiples of {multiple} pixels")
+            raise ValueError(f"size = {size}: give (height, width) of images in positive multiples of {multiple} pixels")
         self.latent_size = tuple(n // self.downsampling for n in size)
         self.image_size = min(self.latent_size)
         self.network = Network(self)
@@ -127,7 +127,7 @@ class PipelineModel:
         if self.channels != vae.config.latent_channels:
             raise ValueError(
                 f"the network takes {self.channels} channels, but the autoencoder's latents have "
-                f"{vae.config.latent_channels}: give the plain text-to-picture pipeline"
+                f"{vae.config.latent_channels}: give the plain text-to-image pipeline"
             )
         for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
             if config.get(name) is not None:
@@ -139,7 +139,7 @@ class PipelineModel:
             )
 
     def encode(self, images):
-        """Pictures [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f], the posterior's mean, shifted and scaled."""
+        """Images [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f], the posterior's mean, shifted and scaled."""
         f = self.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or any(n == 0 or n % f for n in images.shape[2:]):
             raise ValueError(
@@ -226,7 +226,7 @@ class StableDiffusion(PipelineModel):
 
 
 class StableDiffusionXL(PipelineModel):
-    """StableDiffusionXLPipeline: two text encoders, and the pictures' size as a condition (without crop)."""
+    """StableDiffusionXLPipeline: two text encoders, and the images' size as a condition (without crop)."""
 
     addition = "text_time"
 
@@ -340,7 +340,7 @@ def from_diffusers(
 
     source      a pipeline object, (unet, scheduler) of a pixel model, or a path or hub name for DiffusionPipeline.from_pretrained,
                 with further arguments `kwargs` (custom_pipeline ...)
-    size        (height, width) of the pictures, in pixels; None: the pipeline's own. Noise levels of flows may depend on it
+    size        (height, width) of the images, in pixels; None: the pipeline's own. Noise levels of flows may depend on it
     prediction  "eps", "v", "x0", "velocity" (eps - x0) or "-velocity" (x0 - eps: InstaFlow loaded as a plain
                 StableDiffusionPipeline) instead of the scheduler's prediction_type
     variant     of the weights, "fp16"; None: the plain ones, or in a folder the only variant there is

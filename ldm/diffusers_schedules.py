@@ -1,6 +1,6 @@
 """The noise levels of diffusers' schedulers, from their configs, for the single steps of our sampler: DDIM and Euler.
 
-A multistep solver would carry a history from before a constraint's step. The steps end at the clean picture (alpha 1, sigma 0), as
+A multistep solver would carry a history from before a constraint's step. The steps end at the clean image (alpha 1, sigma 0), as
 diffusers does with set_alpha_to_one.
 """
 

@@ -5,7 +5,7 @@
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("out/")
 
 The same weights under diffusers' names: U-Net, autoencoder, text encoder and tokenizer, and a scheduler (DDIM, or flow matching)
-that takes our steps, so that both libraries make the same pictures from the same noise. For text-to-picture models with an OpenCLIP
+that takes our steps, so that both libraries make the same images from the same noise. For text-to-image models with an OpenCLIP
 text encoder, such as "tiny" and "tiny-flow"; diffusers reads Stable Diffusion's own .ckpt files itself (`from_single_file`).
 """
 
@@ -164,7 +164,7 @@ def to_tokenizer(encoder):
 
 
 def to_scheduler(model, params):
-    """Our steps in diffusers' words: trailing times, and an end at the clean picture."""
+    """Our steps in diffusers' words: trailing times, and an end at the clean image."""
     if model.parameterization == "velocity":
         return FlowMatchEulerDiscreteScheduler(int(model.schedule.scale), shift=model.schedule.shift)
     name = {"linear": "scaled_linear", "sqrt_linear": "linear"}.get(params.get("beta_schedule", "linear"))
@@ -179,7 +179,7 @@ def to_pipeline(model, config):
     """A LatentDiffusion, loaded with `config` (as in load_model), as a StableDiffusionPipeline; float32, on the CPU. ValueError for
     a model that this file does not translate."""
     if not isinstance(getattr(model, "cond_stage_model", None), FrozenOpenCLIPEmbedder):
-        raise ValueError("the model has no OpenCLIP text encoder: only text-to-picture models with one can be exported")
+        raise ValueError("the model has no OpenCLIP text encoder: only text-to-image models with one can be exported")
     params = read_config(config)[0]["params"]
     unet, vae = params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
     if not unet.get("use_spatial_transformer") or unet.get("num_classes") or not isinstance(unet["num_res_blocks"], int):
