@@ -1,7 +1,7 @@
 """Quality of the tiny models, as their card reports it:
 
     python benchmarks/tiny.py [--parts autoencoder clip judge generation] [--models tiny tiny-flow] [--captions 256] [--steps 50]
-                              [--guidance 3] [--out checkpoints/tiny]
+                              [--guidance 3] [--autoencoder FILE] [--out checkpoints/tiny]
 
 Measures the autoencoder's reconstruction, CLIP's retrieval and the judge's accuracy on the held-out images, and the generated
 images in two ways: by that CLIP, whose text tower guided them (rank of the right caption among those of all training names, and
@@ -179,7 +179,8 @@ def draw_training(folder, path):
 
 def measure_autoencoder(args, device):
     """Both held-out sets in all styles, the held-out names in the styles of the shipped models' training, and the sample."""
-    autoencoder = load_model("tiny-autoencoder", device=device)
+    config = None if args.autoencoder == "tiny-autoencoder" else ROOT / "configs/tiny/autoencoder.yaml"
+    autoencoder = load_model(args.autoencoder, config, device=device)
     sets = {key: from_uint8(Emoji(args.data, train=False, **options).images) for key, options in
             {"names": {}, "pairs": {"held_out": "pairs"}, "held_out": {"styles": SHIPPED_STYLES}}.items()}  # fmt: skip
     sets["sample"] = sample_emoji()[0]
@@ -252,6 +253,7 @@ PARTS = {"autoencoder": measure_autoencoder, "clip": measure_clip, "judge": meas
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--autoencoder", default="tiny-autoencoder", help="or a file with other weights of it")
     parser.add_argument("--models", nargs="*", default=["tiny", "tiny-flow"])
     parser.add_argument("--captions", type=int, default=256, help="training captions to generate images for")
     parser.add_argument("--steps", type=int, default=50)
