@@ -184,8 +184,8 @@ def measure_autoencoder(args, device):
     sets = {key: from_uint8(Emoji(args.data, train=False, **options).images) for key, options in
             {"names": {}, "pairs": {"held_out": "pairs"}, "held_out": {"styles": SHIPPED_STYLES}}.items()}  # fmt: skip
     sets["sample"] = sample_emoji()[0]
-    figures = {key: reconstruction(autoencoder, images, device) for key, images in sets.items()}
-    return figures | {"moved_by_5_percent": smoothness(autoencoder, sets["sample"], device)}
+    return {key: reconstruction(autoencoder, images, device) | {"moved_by_5_percent": smoothness(autoencoder, images, device)}
+            for key, images in sets.items()}  # fmt: skip
 
 
 def measure_clip(args, device):
