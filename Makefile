@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; nothing is assumed but Python >= 3.10 with venv, and make.
-#   make demo         inpainting on the shipped model; images in outputs/
+#   make demo         inpainting on the shipped model; images in outputs/inpaint/
 #   make test         all tests that need no GPU, in two processes (JOBS=4 make test: in four)
 #   make lab          JupyterLab on the notebooks
 #   make lint         ruff (notebooks included) and mypy
@@ -27,8 +27,8 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 
 demo: $(READY)
 	@mkdir -p outputs
-	@$(BIN)/python -m papermill stable-diffusion/inpaint.ipynb outputs/inpaint.ipynb --cwd stable-diffusion -p out ../outputs
-	@cat outputs/summary.txt
+	@$(BIN)/python -m papermill stable-diffusion/inpaint.ipynb outputs/inpaint.ipynb --cwd stable-diffusion
+	@cat outputs/inpaint/summary.txt
 
 # Two processes of one thread each: notebooks and small networks gain little from threads.
 JOBS ?= 2

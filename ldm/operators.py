@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.sampling import seeded_noise
 
@@ -127,6 +127,18 @@ def downsample(size: Sequence[int], factor: float) -> Separable:
     size: (H, W) of the images; factor: any number >= 1 for which H / factor and W / factor are whole.
     """
     return Separable(*(_resampling_matrix(n, _divide(n, factor, "factor"), _keys, 2.0) for n in size))
+
+
+def resample(size: Sequence[int], to: Sequence[int], canvas: Sequence[int] | None = None) -> Separable:
+    """As `downsample`, from any size (H, W) to any smaller one (h, w): the factors H / h and W / w need not be whole.
+
+    canvas: (H', W') of images of which the upper left H x W pixels are measured, the others not; None: all are.
+    """
+    canvas = size if canvas is None else canvas
+    if any(not 1 <= m <= n <= c for m, n, c in zip(to, size, canvas, strict=True)):
+        raise ValueError(f"to = {tuple(to)}: give a size of at most {tuple(size)}, and a canvas of at least that")
+    matrices = [_resampling_matrix(n, m, _keys, 2.0) for n, m in zip(size, to, strict=True)]
+    return Separable(*(nn.functional.pad(matrix, (0, c - n)) for matrix, n, c in zip(matrices, size, canvas, strict=True)))
 
 
 def box_average(size: Sequence[int], factor: int) -> Separable:

@@ -25,7 +25,8 @@ NAMES = ("red apple", "dog face", "rocket", "house with garden", "tiger face", "
 class Kind:
     """What a kind of model needs, whatever the task."""
 
-    samples: int  # of one's own image, in float32 (SDXL, SD3 and Flux: 16 bits) on a card of 24 GB
+    samples: int  # of one's own image, unless prompts or seeds say how many
+    batch: int = 1  # samples at once where the decoder's gradient is taken, on a card of 24 GB (SDXL, SD3 and Flux in 16 bits)
     guidance: float = 1.0  # classifier-free guidance s; the paper's w is s - 1
     text: bool = True  # whether the model takes prompts
     clip: str = "openai"  # whose features are the style
@@ -33,16 +34,16 @@ class Kind:
 
 
 KINDS = {
-    "tiny": Kind(samples=4, guidance=3.0, clip="tiny-clip", subjects=NAMES),
-    "tiny-flow": Kind(samples=4, guidance=3.0, clip="tiny-clip", subjects=NAMES),
+    "tiny": Kind(samples=4, batch=16, guidance=3.0, clip="tiny-clip", subjects=NAMES),
+    "tiny-flow": Kind(samples=4, batch=16, guidance=3.0, clip="tiny-clip", subjects=NAMES),
     "sd-v1": Kind(samples=1, guidance=3.0),
     "sd-v2": Kind(samples=1, guidance=3.0),
     "sdxl": Kind(samples=1, guidance=5.0),
     "sd3": Kind(samples=1, guidance=5.0),
     "flux": Kind(samples=1, guidance=1.0),  # guidance is an input of its network
     "ldm": Kind(samples=4, text=False),  # latent diffusion without text
-    "pixels": Kind(samples=4, text=False),
-    "mnist": Kind(samples=16, text=False, clip="tiny-clip"),
+    "pixels": Kind(samples=4, batch=4, text=False),
+    "mnist": Kind(samples=16, batch=64, text=False, clip="tiny-clip"),
 }
 BLOCK = 2  # of CLIP, the paper's
 
@@ -63,6 +64,7 @@ class Profile:
     size: int  # side of the model's images in pixels
     prompts: list[str]  # one per sample
     seeds: list[int]  # one per sample
+    batch: int
     guidance: float
     steps: int
     newton_steps: int
@@ -72,18 +74,26 @@ class Profile:
     block: int
 
     @property
+    def parts(self) -> list[slice]:
+        """The samples in portions of `batch`."""
+        return [slice(i, i + self.batch) for i in range(0, len(self.seeds), self.batch)]
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """The keyword arguments of `newton_sampler`: steps, newton_steps, lr and eta."""
         return {name: value for name, value in asdict(self).items() if name in ("steps", "newton_steps", "lr", "eta")}
 
 
-def profile(model, task: str, prompts=None, seeds=None, count=None, **given) -> Profile:
+def profile(model, task: str, prompts=None, seeds=None, count=None, words=None, **given) -> Profile:
     """The settings for `model` (of `load_model` or `from_diffusers`) and `task`, a key of PAPER: "inpainting", "super-resolution",
     "style" or "convergence".
 
-    prompts, seeds  as `ldm.parameters.samples` takes them; None: for style the kind's subjects, otherwise no words
-    count           how many samples there are; None: as many as prompts or seeds in a list, otherwise the kind's number
-    given           guidance, steps, newton_steps, lr, eta, clip, block: None is the table's value, anything else wins
+    prompts, seeds  as `ldm.parameters.samples` takes them
+    words           prompts of example images, one each, which count where prompts is None; None: for style the kind's subjects,
+                    otherwise no words
+    count           how many samples there are; None: as many as prompts or seeds in a list, otherwise as words, of which there are
+                    several, otherwise the kind's number
+    given           batch, guidance, steps, newton_steps, lr, eta, clip, block: None is the table's value, anything else wins
 
     The step sizes are the paper's (PAPER), but for those in OWN. A flow has no betas to make the paper's noise of: eta = 0.
     ValueError for another task or setting.
@@ -97,14 +107,16 @@ def profile(model, task: str, prompts=None, seeds=None, count=None, **given) -> 
     default = {key: value for key, value in PAPER[task].items() if key != "h"} | OWN.get((name, task), {})
     if not isinstance(model.schedule, DiffusionSchedule):
         default["eta"] = 0.0
-    default |= dict(guidance=1.0 if task == "super-resolution" else kind.guidance, clip=kind.clip, block=BLOCK)
+    default |= dict(batch=kind.batch, guidance=1.0 if task == "super-resolution" else kind.guidance, clip=kind.clip, block=BLOCK)
     settings = default | {key: value for key, value in given.items() if value is not None}
     settings["lr"] = numbers(settings["lr"])
     check_eta(settings["eta"])
-    if task == "style" and prompts is None and kind.text:
-        prompts = list(kind.subjects)
-    prompts, seeds = samples(prompts, seeds, count, kind.samples)
-    return Profile(name, task, model.image_size * model.downsampling, prompts, seeds, **settings)
+    if words is None:
+        words = list(kind.subjects) if task == "style" and kind.text and prompts is None else [""]
+    texts, seeds = samples(prompts, seeds, count, len(words) if len(words) > 1 else kind.samples)
+    if prompts is None and kind.text:
+        texts = [words[i % len(words)] for i in range(len(seeds))]
+    return Profile(name, task, model.image_size * model.downsampling, texts, seeds, **settings)
 
 
 def denoiser(model, prompts="", guidance: float = 1.0, negative_prompts=None) -> Denoiser:

@@ -8,7 +8,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from ldm.constraints import LinearConstraint, inpainting
-from ldm.operators import Identity, Mask, box_average, downsample, gaussian_blur, measure
+from ldm.operators import Identity, Mask, box_average, downsample, gaussian_blur, measure, resample
 
 
 def picture(b, c, h, w, seed=0, dtype=torch.float64):
@@ -139,3 +139,23 @@ def test_inpainting_residual_counts_known_pixels_only():
 def test_bad_input_is_one_clear_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "size, to, canvas", [((64, 48), (21, 16), None), ((64, 48), (21, 16), (64, 64)), ((9, 9), (9, 4), (16, 9))]
+)
+def test_resample_takes_any_factor_and_a_part_of_a_canvas(size, to, canvas):
+    generator = torch.Generator().manual_seed(0)
+    H, W = canvas or size
+    x = torch.rand(2, 3, H, W, generator=generator)
+    A = resample(size, to, canvas)
+    expected = TF.resize(x[..., : size[0], : size[1]], list(to), TF.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.allclose(A(x), expected, atol=2e-6)
+    y = torch.rand(A(x).shape, generator=generator)
+    assert (A(x) * y).sum() == pytest.approx((x * A.adjoint(y)).sum().item(), rel=1e-4)
+    assert A.pseudo_inverse(y)[..., size[0] :, :].abs().sum() == 0
+
+
+def test_resample_does_not_enlarge():
+    with pytest.raises(ValueError, match=r"to = \(8, 17\)"):
+        resample((16, 16), (8, 17))

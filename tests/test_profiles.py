@@ -3,12 +3,15 @@
 import pytest
 import torch
 from common import ROOT, randomised
+from PIL import Image
 from pipelines import build
 
 from ldm import profiles
 from ldm.checkpoints import load_model
+from ldm.data.examples import examples
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.diffusers_models import from_diffusers
+from ldm.images import load_image
 from ldm.newton_sampler import PAPER, newton_sampler, sample, step_lengths
 from ldm.profiles import KINDS, OWN, denoiser, kind_of, profile
 from ldm.util import instantiate_from_config, load_config
@@ -93,3 +96,29 @@ def test_a_denoiser_of_every_model(tiny):
     with pytest.raises(ValueError, match="prompts = 'a cat': this model is unconditional"):
         denoiser(model, "a cat")
     assert sample(D, None, x.shape, p.seeds, sampler=newton_sampler, **p.sampler | dict(steps=1)).x_t.shape == x.shape
+
+
+def test_words_of_examples_are_the_default_prompts(tiny):
+    images, words = examples(tiny, "inpainting")
+    assert len(images) == len(words) == 8 and images.shape[1:] == (3, 64, 64)
+    assert profile(tiny, "inpainting", words=words).prompts == words
+    assert profile(tiny, "inpainting", seeds=[5, 3], words=words).prompts == words[:2]
+    p = profile(tiny, "inpainting", "a cat", words=words, batch=3)
+    assert p.prompts == ["a cat"] * 8 and [len(p.seeds[part]) for part in p.parts] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("task, n", [("inpainting", 1), ("super-resolution", 1), ("style", 1), ("joining", 2)])
+def test_large_models_get_photographs(task, n):
+    images, words = examples(of_config("latent-diffusion/ffhq-ldm-vq-4"), task)
+    assert images.shape == (n, 3, 256, 256) and len(words) == n and 0.1 < images.std() < 1
+
+
+def test_one_s_own_image_is_cropped_not_squashed(tiny):
+    own = Image.effect_noise((100, 80), 60)
+    image, words = examples(tiny, "super-resolution", own)
+    assert torch.equal(image, load_image(own.crop((10, 0, 90, 80)), (64, 64))) and words == [""]
+    assert examples(tiny, "inpainting", own)[0].shape == (1, 3, 80, 100)
+    left, right = examples(tiny, "joining", own)[0]
+    assert torch.equal(left, right.flip(2))
+    with pytest.raises(ValueError, match="task = 'convergence': known are 'inpainting'"):
+        examples(tiny, "convergence")

@@ -13,7 +13,7 @@ EMOJI = {
     "inpainting": ([0, 1, 5, 9, 11, 13, 23, 31],
                    ["crying face", "kissing face with closed eyes", "hamster face", "leafy green", "french fries", "evergreen tree",
                     "bird", "mount fuji"]),
-    "super-resolution": ([0, 3, 9, 12, 18, 23, 27, 31], [""] * 8),
+    "super-resolution": ([0, 3, 9, 18, 23, 31], [""] * 6),
     "style": ([9, 30], [""] * 2),
     "joining": ([2, 3, 11, 12, 18, 19, 27, 28], [""] * 8),
 }  # fmt: skip
