@@ -116,7 +116,8 @@ def test_large_models_get_photographs(task, n):
 def test_one_s_own_image_is_cropped_not_squashed(tiny):
     own = Image.effect_noise((100, 80), 60)
     image, words = examples(tiny, "super-resolution", own)
-    assert torch.equal(image, load_image(own.crop((10, 0, 90, 80)), (64, 64))) and words == [""]
+    expected = load_image(own.crop((10, 0, 90, 80)), (64, 64))
+    assert torch.allclose(image[..., 4:-4], expected[..., 4:-4], atol=0.02) and words == [""]  # without the filter's reach
     assert examples(tiny, "inpainting", own)[0].shape == (1, 3, 80, 100)
     left, right = examples(tiny, "joining", own)[0]
     assert torch.equal(left, right.flip(2))
