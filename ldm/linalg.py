@@ -138,6 +138,16 @@ def leading_by_step(ritz: Ritz) -> tuple[Tensor, Tensor]:
     return values, residuals
 
 
+def leading_vector(ritz: Ritz) -> Tensor:
+    """Unit Ritz vectors of the leading values, [B, N] complex128."""
+    vectors = []
+    for basis, hessenberg, m in zip(ritz.basis, ritz.hessenberg, ritz.steps.tolist(), strict=True):
+        theta, y = torch.linalg.eig(hessenberg[:m, :m])
+        x = basis[:m].T.to(y) @ y[:, theta.abs().argmax()]
+        vectors.append(x / x.norm())
+    return torch.stack(vectors)
+
+
 def _ritz(hessenberg, m):
     """Ritz values [m] of the first m steps, the largest |.| first, and their residuals [m]."""
     theta, y = torch.linalg.eig(hessenberg[:m, :m])

@@ -9,7 +9,7 @@ from ldm.data.emoji import sample_emoji
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.jacobian import Jacobian, columns_and_rows
-from ldm.linalg import arnoldi, leading_by_step
+from ldm.linalg import arnoldi, leading_by_step, leading_vector
 from ldm.sampling import DenoiserLike, H, seeded_noise
 
 TIMES = [99, 500, 900]
@@ -177,6 +177,11 @@ def test_the_leading_value_by_step_is_that_of_shorter_runs():
         shorter = arnoldi(lambda v: v @ M.T, b, n)
         assert torch.allclose(values[:, n - 1].abs(), shorter.values[:, 0].abs())
         assert torch.allclose(residuals[:, n - 1], shorter.residuals[:, 0])
+        x = leading_vector(shorter)
+        Mx = x @ M.T.to(x)
+        value = (x.conj() * Mx).sum(1)  # its Rayleigh quotient: the Ritz value
+        assert torch.allclose(value.abs(), shorter.values[:, 0].abs())
+        assert torch.allclose((Mx - value[:, None] * x).norm(dim=1), shorter.residuals[:, 0])
 
 
 def test_columns_and_rows_of_a_pixel_are_those_of_the_matrix(gaussian):

@@ -24,6 +24,9 @@ else:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Modules that need an extra; all others run on the dependencies alone.
 EXTRAS = {
+    "examples": "notebooks",
+    "physics": "compare",
+    "problems": "compare",
     "train": "train",
     "training": "train",
     "iconify": "train",
@@ -37,6 +40,7 @@ EXTRAS = {
 }
 # Where an import has another name than its distribution, or comes with another one.
 DISTRIBUTIONS = {
+    "skimage": "scikit-image",
     "PIL": "pillow",
     "open_clip": "open-clip-torch",
     "huggingface_hub": "transformers",
