@@ -156,7 +156,7 @@ class PipelineModel:
         mean, std = self.latent_statistics(z)
         with ordinary_tensors():
             image = self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample
-        return image.to(z) if image.requires_grad else check_finite(image.to(z), "the decoder's image")
+        return check_finite(image.to(z), "the decoder's image")
 
     def latent_statistics(self, like):
         """What takes the autoencoder's latents to unit variance: (z - mean) / std."""

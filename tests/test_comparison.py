@@ -25,6 +25,7 @@ from ldm.constraints import DecodedConstraint
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
 from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distance, kernel_parts, kid, lpips_weights
+from ldm.newton_sampler import PAPER
 from ldm.sampling import DenoiserLike
 from ldm.table import COLUMNS, append_row, in_table, read_rows
 
@@ -66,7 +67,7 @@ def test_every_method_keeps_to_its_budget_and_uses_most_of_it(half_task, budget)
 
 
 def test_the_paper_s_loop_at_220_is_the_paper_s(half_task):
-    assert METHODS["newton"](220, half_task("half"))[1] == dict(steps=20, newton_steps=5)
+    assert METHODS["newton"](220, half_task("half"))[1] == PAPER["inpainting"]
 
 
 def test_methods_apply_where_they_can(half_task):

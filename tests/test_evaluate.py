@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from ldm import evaluate
 from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
-from ldm.evaluate import Evaluation, main, read_settings
+from ldm.evaluate import main, read_settings
 from ldm.images import load_image, save_image
 from ldm.table import KEY, read_rows
 from ldm.weights import save_weights
@@ -162,10 +162,3 @@ def test_wrong_arguments_are_one_sentence(words, message, folder, tmp_path):
     with pytest.raises(SystemExit, match=f"^ldm.evaluate: .*{message}"):
         main([f"data={folder}", *words])
     assert not (tmp_path / "outputs").exists()
-
-
-@pytest.mark.parametrize("precision, h", [("32", 0.005), ("bf16", 0.2)])
-def test_half_precision_takes_a_longer_difference(folder, precision, h):
-    evaluation = Evaluation(load_model("tiny", device="cpu"), read_settings(settings(folder, f"precision={precision}")))
-    task = evaluation.task(torch.zeros(1, 3, 64, 64), [0], evaluation.model)
-    assert evaluation.chosen(task)[1]["h"] == h

@@ -203,7 +203,7 @@ class LatentDiffusion(DDPM):
         """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped. FloatingPointError where a value
         is NaN or infinite."""
         image = self.first_stage_model.decode(z / self.scale_factor)
-        return image if image.requires_grad else check_finite(image, "the decoder's image")  # a gradient is checked by the sampler
+        return check_finite(image, "the decoder's image")
 
     def encode_prompts(self, prompts):
         """The condition of the network, from a string or a list of B strings, "" being the empty prompt (text), from class labels
