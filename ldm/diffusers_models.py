@@ -361,6 +361,7 @@ def from_diffusers(
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False)  # the decoder's gradient is that of its input: less to be kept for it
     else:
+        kwargs |= {} if variant is None else {"variant": variant}
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: only for a path or name, but source is a {type(source).__name__}")
         pipeline = diffusers.DDPMPipeline(*source) if isinstance(source, (tuple, list)) else source
