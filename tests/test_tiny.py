@@ -114,5 +114,6 @@ def test_half_precision_weights_end_at_the_same_residual(model, dtype):
     """Within 20 %, with the difference length for that dtype."""
     reference = run(model, steps=10)[3][-1].residual.mean()
     half = load_model("tiny", device="cpu", dtype=dtype)  # differences: forward-mode differentiation in 16 bits is slow on a CPU
-    residual = run(half, H[dtype], steps=10, mode="difference")[3][-1].residual.mean()
+    h = {torch.float16: 0.05, torch.bfloat16: 0.2}[dtype]
+    residual = run(half, h, steps=10, mode="difference")[3][-1].residual.mean()
     assert abs(residual / reference - 1) < 0.2
