@@ -120,6 +120,7 @@ def alexnet_features(images: Tensor, batch: int = 64) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
+@torch.inference_mode(False)  # built once, whoever asks first: a training's gradient has to pass it later
 def _lpips(device):
     path = lpips_weights()
     if path is None:

@@ -77,7 +77,7 @@ def test_own_settings_are_those_of_known_kinds_and_tasks(tiny):
 def test_errors_name_what_is_wrong(tiny):
     with pytest.raises(ValueError, match="task = 'inpaint': known are 'inpainting'"):
         profile(tiny, "inpaint")
-    with pytest.raises(ValueError, match="length: a profile has guidance, steps"):
+    with pytest.raises(ValueError, match="length: a profile has batch, guidance, steps"):
         profile(tiny, "inpainting", length=0.1)
     with pytest.raises(ValueError, match="eta = 'papers'"):
         profile(tiny, "inpainting", eta="papers")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ldm.checkpoints import load_model
 from ldm.data.emoji import held_out_names
+from ldm.metrics import lpips_distance, lpips_weights
 from ldm.models.classifier import DigitClassifier, EmojiClassifier
 from ldm.train import Batches, Checkpoints, check_config, train
 from ldm.training import DiffusionTraining, JudgeTraining, disturb
@@ -244,6 +245,10 @@ def test_the_tiny_configs_train(name, monkeypatch):
     config = OmegaConf.to_container(load_config(ROOT / f"configs/tiny/{name}.yaml"))
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
+    if name == "autoencoder" and lpips_weights() is None:  # AlexNet's weights: make data-lpips
+        config["training"]["params"]["lpips_weight"] = 0.0
+    elif name == "autoencoder":
+        lpips_distance(*torch.zeros(2, 1, 3, 64, 64))  # a validation may come before the first step of a resumed training
     task = instantiate_from_config(config["training"], model=instantiate_from_config(config["model"]))
     captions = ["red apple", "soccer ball", "dog face", "tiger"]
     if name in ("unet", "flow"):
