@@ -3,11 +3,27 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ldm.constraints import LinearConstraint
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.operators import Mask
 from ldm.sampling import DenoiserLike
 from ldm.schedules import DiffusionSchedule, make_beta_schedule
 
 ROOT = Path(__file__).parents[1]
+UNET = "model.diffusion_model."  # how the names of its tensors begin in a checkpoint
+PIXELS = {
+    "target": "ldm.models.diffusion.ddpm.DDPM",
+    "params": {
+        "timesteps": 10,
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": dict(image_size=8, in_channels=1, out_channels=1, model_channels=32, num_res_blocks=1,
+                           attention_resolutions=[], channel_mult=[1], num_heads=4),
+        },
+    },
+}  # fmt: skip
 
 
 def reference():
@@ -26,8 +42,32 @@ def randomised(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
+def tiny_unet(seed=0):
+    """A U-Net with attention for images [1, 8, 8], all its branches alive."""
+    torch.manual_seed(seed)
+    unet = UNetModel(8, 1, 32, 1, 1, (1, 2), channel_mult=(1, 2), num_heads=2)
+    for p in unet.parameters():  # the published zero initialisation would make every branch the identity
+        nn.init.normal_(p, std=0.05)
+    return unet.eval()
+
+
+class NoBackward(torch.autograd.Function):
+    """The identity that no graph may record and no gradient may pass."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(ctx, x):
+        assert not torch.is_grad_enabled(), "an autograd graph is being recorded"
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise AssertionError("a backward pass was run")
+
+
 class GaussianDenoiser(DenoiserLike):
-    """The exact D for x_0 ~ N(mean, cov): E[x_0 | x_t], with J = dD/dx_t in closed form. Pictures are flattened to vectors."""
+    """The exact D for x_0 ~ N(mean, cov): E[x_0 | x_t], with J = dD/dx_t in closed form. Images are flattened to vectors."""
 
     def __init__(self, mean, cov, schedule):
         self.mean, self.cov, self.schedule = mean, cov, schedule
@@ -51,3 +91,48 @@ def smooth_gaussian(schedule=None):
     at = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1).view(64, 2).double()
     cov = torch.exp(-0.5 * torch.cdist(at, at) ** 2) + 1e-5 * torch.eye(64, dtype=torch.float64)
     return GaussianDenoiser(torch.linspace(-0.5, 0.5, 64, dtype=torch.float64), cov, schedule)
+
+
+def last(states):
+    """The last state of a sampler's run."""
+    for state in states:  # noqa: B007
+        pass
+    return state
+
+
+def draw(gaussian, n, seed=0):
+    """n images from the Gaussian prior itself."""
+    noise = torch.randn(n, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = gaussian.mean + noise @ torch.linalg.cholesky(gaussian.cov).T
+    return x.view(n, 1, 8, 8).float()
+
+
+def half_mask(size=8):
+    """[1, 1, size, size]: the left half is known."""
+    mask = torch.ones(1, 1, size, size)
+    mask[..., size // 2 :] = 0
+    return mask
+
+
+def known(images, mask):
+    """The inpainting constraint without `inpainting`'s check of the pixel range, which a Gaussian does not respect."""
+    return LinearConstraint(Mask(mask), Mask(mask)(images))
+
+
+def matrix(A):
+    """A on images [1, 8, 8] as a matrix, without rows of zeros."""
+    columns = [A(e.view(1, 1, 8, 8)).flatten() for e in torch.eye(64, dtype=torch.float64)]
+    dense = torch.stack(columns, 1)
+    return dense[dense.abs().sum(1) > 0]
+
+
+def posterior(gaussian, A, y, sigma_y, alpha=0.0, sigma=1.0, x_t=None):
+    """Mean and covariance of x_0 given y (one measurement [1, ...]) and, if given, x_t, by the textbook formula."""
+    cov, mean = gaussian.cov, gaussian.mean
+    if x_t is not None:
+        gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(64, dtype=torch.float64))
+        mean, cov = mean + gain @ (x_t.flatten() - alpha * mean), cov - alpha * gain @ cov
+    dense = matrix(A)
+    measured = y.flatten()[A.measured(torch.ones_like(y)).flatten() > 0]
+    gain = cov @ dense.T @ torch.linalg.inv(dense @ cov @ dense.T + sigma_y**2 * torch.eye(len(dense), dtype=torch.float64))
+    return mean + gain @ (measured - dense @ mean), cov - gain @ dense @ cov

@@ -1,7 +1,8 @@
 import pytest
-from common import smooth_gaussian
+from common import PIXELS, randomised, smooth_gaussian
 
 from ldm.schedules import DiffusionSchedule, make_beta_schedule
+from ldm.util import instantiate_from_config
 
 
 @pytest.fixture
@@ -12,3 +13,9 @@ def schedule():
 @pytest.fixture
 def gaussian(schedule):
     return smooth_gaussian(schedule)
+
+
+@pytest.fixture
+def pixels():
+    """A small pixel model at random weights."""
+    return randomised(instantiate_from_config(PIXELS))

@@ -13,6 +13,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
+from ldm.denoisers import Denoiser, LatentDenoiser
+
+PROMPTS = ["a red cat", "two dogs"]
 FAMILIES = ["pixels", "sd", "sd-v", "sdxl", "sd3", "flux", "sd-flow", "instaflow"]
 
 
@@ -108,3 +111,10 @@ def build(family, scheduler=None):
             randomised(component)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def denoiser(model, guidance=2.5, negative_prompts=None):
+    """D of a pipeline's model, for PROMPTS where it takes text."""
+    if type(model).__name__ == "Pixels":
+        return Denoiser(model.network, model.schedule, model.parameterization)
+    return LatentDenoiser(model, PROMPTS, guidance, negative_prompts)

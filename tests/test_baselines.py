@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_fast_sampler import posterior
-from test_newton_sampler import draw, half_mask, known, tiny_unet
+from common import draw, half_mask, known, last, posterior, tiny_unet
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
@@ -14,12 +13,6 @@ from ldm.sampling import DenoiserLike
 
 SHAPE = (8, 1, 8, 8)
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
-
-
-def last(generator):
-    for state in generator:  # noqa: B007
-        pass
-    return state
 
 
 def psld_on_pixels(D, constraint, *args, **kwargs):

@@ -7,8 +7,7 @@ import compare_report
 import foreign
 import pytest
 import torch
-from common import GaussianDenoiser
-from test_newton_sampler import draw
+from common import GaussianDenoiser, draw
 
 from ldm.checkpoints import load_model
 from ldm.comparison import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import randomised
 from diffusers import FlowMatchEulerDiscreteScheduler
-from pipelines import FAMILIES, build, ddim
+from pipelines import FAMILIES, PROMPTS, build, ddim, denoiser
 
 from ldm.constraints import inpainting, latent_inpainting
 from ldm.denoisers import Denoiser, LatentDenoiser
@@ -19,7 +19,6 @@ from ldm.sampling import jvp, seeded_noise
 from ldm.schedules import CLEAN, DiffusionSchedule, make_beta_schedule
 
 TEXT = [name for name in FAMILIES if name != "pixels"]
-PROMPTS = ["a red cat", "two dogs"]
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +26,6 @@ def pipelines():
     """Each family once, with its model for the sampler on pictures of 16 x 16 (pixels: 8 x 8)."""
     pipes = {family: build(family) for family in FAMILIES}
     return {family: (pipe, from_diffusers(pipe, size=(8, 8) if family == "pixels" else (16, 16))) for family, pipe in pipes.items()}
-
-
-def denoiser(model, guidance=2.5, negative_prompts=None):
-    if type(model).__name__ == "Pixels":
-        return Denoiser(model.network, model.schedule, model.parameterization)
-    return LatentDenoiser(model, PROMPTS, guidance, negative_prompts)
 
 
 def own_images(family, pipe, steps, x, guidance=2.5, negative_prompts=None):

@@ -2,7 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_newton_sampler import NoBackward, draw, half_mask, known, tiny_unet
+from common import NoBackward, draw, half_mask, known, matrix, posterior, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.baselines import solve_without_J
@@ -34,25 +34,6 @@ def step_from_the_moved_x0(D, constraint, x_t, x0, now, to, noise, s):
     gamma = now.sigma**2 / max(now.alpha, 1e-3)
     d = correction(constraint, x0, lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode), s.vectors, s.sigma_y)
     return D.schedule.step(x_t, x0 + d, now, to, s.eta, noise), x0 + d
-
-
-def matrix(A):
-    """A on pictures [1, 8, 8] as a matrix, without rows of zeros."""
-    columns = [A(e.view(1, 1, 8, 8)).flatten() for e in torch.eye(64, dtype=torch.float64)]
-    dense = torch.stack(columns, 1)
-    return dense[dense.abs().sum(1) > 0]
-
-
-def posterior(gaussian, A, y, sigma_y, alpha=0.0, sigma=1.0, x_t=None):
-    """Mean and covariance of x_0 given y (one measurement [1, ...]) and, if given, x_t, by the textbook formula."""
-    cov, mean = gaussian.cov, gaussian.mean
-    if x_t is not None:
-        gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(64, dtype=torch.float64))
-        mean, cov = mean + gain @ (x_t.flatten() - alpha * mean), cov - alpha * gain @ cov
-    dense = matrix(A)
-    measured = y.flatten()[A.measured(torch.ones_like(y)).flatten() > 0]
-    gain = cov @ dense.T @ torch.linalg.inv(dense @ cov @ dense.T + sigma_y**2 * torch.eye(len(dense), dtype=torch.float64))
-    return mean + gain @ (measured - dense @ mean), cov - gain @ dense @ cov
 
 
 # ------------------------------------------------------------------------------------------------ generalised conjugate residuals

@@ -3,9 +3,7 @@
 import foreign
 import pytest
 import torch
-from common import GaussianDenoiser
-from test_fast_sampler import posterior
-from test_newton_sampler import half_mask
+from common import GaussianDenoiser, half_mask, last, posterior
 
 from ldm.baselines import dps
 from ldm.comparison import EvaluationCounter
@@ -14,12 +12,6 @@ from ldm.operators import Mask, downsample, gaussian_blur, measure
 
 azula, deepinv = foreign.azula, foreign.deepinv
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
-
-
-def last(generator):
-    for state in generator:  # noqa: B007
-        pass
-    return state
 
 
 @pytest.fixture

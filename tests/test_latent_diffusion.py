@@ -6,18 +6,15 @@ import time
 import diffusers
 import pytest
 import torch
-from common import ROOT, randomised, reference
+from common import randomised, reference
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from omegaconf import OmegaConf
+from published import WIDTH, X_T, on_meta, shapes, shipped, tiny_config
 
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.newton_sampler import newton_sampler
 from ldm.sampling import jvp
 from ldm.util import instantiate_from_config
-
-CONFIGS = ROOT / "configs/stable-diffusion"
-WIDTH = 32
-TINY_TEXT = {"text_config": dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4)}
 
 # As published, with everything that only training uses.
 UPSTREAM = """
@@ -94,29 +91,6 @@ model:
 """
 
 
-def published(name):
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / name))["model"]
-
-
-def on_meta(config):
-    with torch.device("meta"):
-        return instantiate_from_config(config)
-
-
-def shapes(model):
-    return {k: list(v.shape) for k, v in model.state_dict().items()}
-
-
-def tiny_config(**params):
-    """The v1 model with all its blocks and names, a tenth as wide."""
-    config = published("v1-inference.yaml")
-    config["params"]["unet_config"]["params"] |= {"model_channels": 32, "context_dim": WIDTH}
-    config["params"]["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32}
-    config["params"]["cond_stage_config"]["params"] = TINY_TEXT
-    config["params"] |= params
-    return config
-
-
 @pytest.fixture(scope="module")
 def model():
     return randomised(instantiate_from_config(tiny_config()))
@@ -124,7 +98,7 @@ def model():
 
 def test_v1_has_the_published_names_and_shapes_and_meta_is_fast():
     start = time.perf_counter()
-    model = on_meta(published("v1-inference.yaml"))
+    model = on_meta(shipped("stable-diffusion/v1-inference"))
     assert time.perf_counter() - start < 10
     assert shapes(model) == reference()
     counts = {name: sum(p.numel() for p in getattr(model, name).parameters())
@@ -139,9 +113,9 @@ def test_the_published_yaml_works_unchanged():
     assert shapes(on_meta(config.model)) == reference()
 
 
-@pytest.mark.parametrize(("name", "prediction"), [("v2-inference.yaml", "eps"), ("v2-inference-v.yaml", "v")])
+@pytest.mark.parametrize(("name", "prediction"), [("v2-inference", "eps"), ("v2-inference-v", "v")])
 def test_v2_differs_from_v1_as_published(name, prediction):
-    model = on_meta(published(name))
+    model = on_meta(shipped(f"stable-diffusion/{name}"))
     found, v1 = shapes(model), reference()
     assert model.parameterization == prediction
     unet = {k for k in found if k.startswith("model.")}
@@ -190,7 +164,6 @@ def test_other_conditioning_is_refused():
 
 
 PROMPTS = ["a photograph of a cat", "zwölf Boxkämpfer"]
-X_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def written_out(model, x_t, t, s):

@@ -4,37 +4,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from common import NoBackward, draw, half_mask, known, tiny_unet
 
 from ldm.constraints import LinearConstraint
 from ldm.denoisers import Denoiser
 from ldm.fast_sampler import fast_sampler
 from ldm.linalg import unit
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.newton_sampler import PAPER, newton_sampler, sample, step_lengths
 from ldm.operators import Mask, box_average, downsample, gaussian_blur
 from ldm.sampling import jvp, seeded_noise
 from ldm.schedules import CLEAN, FlowSchedule, Level, make_beta_schedule
 
 SHAPE = (8, 1, 8, 8)
-
-
-def half_mask(size=8):
-    mask = torch.ones(1, 1, size, size)
-    mask[..., size // 2 :] = 0
-    return mask
-
-
-def draw(gaussian, n, seed=0):
-    """n pictures from the Gaussian prior itself."""
-    noise = torch.randn(n, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = gaussian.mean + noise @ torch.linalg.cholesky(gaussian.cov).T
-    return x.view(n, 1, 8, 8).float()
-
-
-def known(images, mask):
-    """The inpainting constraint without `inpainting`'s check of the pixel range, which a Gaussian does not respect."""
-    return LinearConstraint(Mask(mask), Mask(mask)(images))
 
 
 # ---------------------------------------------------------------------------------------------------- the product J e
@@ -82,14 +63,6 @@ def test_jvp_of_a_unet_equals_autograd(schedule, mode):
     assert ((product - exact).norm() / exact.norm()) < (1e-5 if mode == "forward-ad" else 1e-4)
 
 
-def tiny_unet(seed=0):
-    torch.manual_seed(seed)
-    unet = UNetModel(8, 1, 32, 1, 1, (1, 2), channel_mult=(1, 2), num_heads=2)
-    for p in unet.parameters():  # the published zero initialisation would make every branch the identity
-        nn.init.normal_(p, std=0.05)
-    return unet.eval()
-
-
 # ---------------------------------------------------------------------------------------------------- the sampler
 
 
@@ -133,19 +106,6 @@ def test_nfe_is_1_plus_2k_per_step(gaussian, steps, newton_steps, mode):
 
 def test_the_paper_s_setting_takes_220_evaluations(gaussian):
     assert sample(gaussian, known(draw(gaussian, 8), half_mask()), SHAPE, range(8)).nfe == 220
-
-
-class NoBackward(torch.autograd.Function):
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(ctx, x):
-        assert not torch.is_grad_enabled(), "an autograd graph is being recorded"
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        raise AssertionError("a backward pass was run")
 
 
 class NoBackwardForwardAD(NoBackward):

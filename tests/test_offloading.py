@@ -6,8 +6,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from PIL import Image
-from pipelines import build
-from test_diffusers import PROMPTS, denoiser
+from pipelines import PROMPTS, build, denoiser
 
 from ldm.constraints import DecodedConstraint, EncoderConstraint
 from ldm.diffusers_models import from_diffusers

@@ -5,7 +5,7 @@ import warnings
 import deepinv
 import pytest
 import torch
-from common import GaussianDenoiser
+from common import GaussianDenoiser, draw, last
 from deepinv import physics as P
 from deepinv.physics.generator import MotionBlurGenerator
 
@@ -151,7 +151,7 @@ def test_posterior_of_a_gaussian_under_deepinv_s_blur(gaussian):
     A = from_deepinv(P.BlurFFT((1, 8, 8), P.functional.gaussian_blur(sigma=(1.0, 1.0))))
     truth = draw(gaussian, 1)
     y = A(truth)
-    samples = last(fast_sampler(gaussian, LinearConstraint(A, y), (64, 1, 8, 8), range(64), steps=40, sigma_y=0.05))
+    samples = last(fast_sampler(gaussian, LinearConstraint(A, y), (64, 1, 8, 8), range(64), steps=40, sigma_y=0.05)).x_t
     matrix = A(torch.eye(64).view(64, 1, 8, 8)).flatten(1).T.double()
     gain = gaussian.cov @ matrix.T @ torch.linalg.inv(matrix @ gaussian.cov @ matrix.T + 0.05**2 * torch.eye(64).double())
     mean = gaussian.mean + gain @ (y.flatten().double() - matrix @ gaussian.mean)
@@ -160,25 +160,13 @@ def test_posterior_of_a_gaussian_under_deepinv_s_blur(gaussian):
     assert z.square().mean().sqrt() < 2
 
 
-def draw(gaussian, n, seed=0):
-    factor = torch.linalg.cholesky(gaussian.cov)
-    noise = torch.randn(n, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return (gaussian.mean + noise @ factor.T).view(n, 1, 8, 8).float()
-
-
-def last(states):
-    for state in states:  # noqa: B007
-        pass
-    return state.x_t
-
-
 def test_both_samplers_solve_a_nonlinear_measurement(gaussian):
     """High dynamic range on a Gaussian: the residual goes down."""
     A, truth = clipped(2), 0.4 * draw(gaussian, 4)
     y = A(truth)
-    free = measurement(A, y).residual(last(newton_sampler(gaussian, None, (4, 1, 8, 8), range(4))))
+    free = measurement(A, y).residual(last(newton_sampler(gaussian, None, (4, 1, 8, 8), range(4))).x_t)
     for sampler, settings in ((newton_sampler, dict(steps=20)), (fast_sampler, dict(steps=20))):
-        guided = measurement(A, y).residual(last(sampler(gaussian, measurement(A, y), (4, 1, 8, 8), range(4), **settings)))
+        guided = measurement(A, y).residual(last(sampler(gaussian, measurement(A, y), (4, 1, 8, 8), range(4), **settings)).x_t)
         assert (guided < 0.45 * free).all(), sampler
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import ROOT
 from omegaconf import OmegaConf
-from published import CONFIGS, built, tiny
+from published import CONFIGS, built, on_meta, shapes, shipped, tiny
 
 from ldm.checkpoints import load_model
 from ldm.kinds import infer_config, known_unets, published_names, unet_signature
@@ -88,15 +88,6 @@ data:
 """
 
 
-def on_meta(config):
-    with torch.device("meta"):
-        return instantiate_from_config(config["model"])
-
-
-def shapes(model):
-    return {k: list(v.shape) for k, v in model.state_dict().items()}
-
-
 def published(name):
     """{tensor: shape} of a published checkpoint, without what a model computes itself."""
     rows = gzip.decompress((ROOT / f"tests/data/{name}.tsv.gz").read_bytes()).decode().splitlines()
@@ -109,7 +100,7 @@ def published(name):
     ("ldm-cin256-v2", "latent-diffusion/cin256-v2", 456_755_873),
 ])  # fmt: skip
 def test_names_shapes_and_counts_are_those_of_the_checkpoints(name, config, count):
-    model = on_meta(load_config(CONFIGS / f"{config}.yaml"))
+    model = on_meta(shipped(config))
     prefix = "model.diffusion_model." if name.startswith("adm") else ""
     found = {k.removeprefix(prefix): v for k, v in shapes(model).items() if k not in dict(model.named_buffers())}
     assert found == published(name)
@@ -123,13 +114,13 @@ def test_names_shapes_and_counts_are_those_of_the_checkpoints(name, config, coun
     ("latent-diffusion/bsr_sr", 114, 55),
 ])  # fmt: skip
 def test_sizes_are_those_of_the_papers(config, unet, rest):
-    model = on_meta(load_config(CONFIGS / f"{config}.yaml"))
+    model = on_meta(shipped(config))
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model)]
     assert [round(n / 1e6) for n in (counts[0], counts[1] - counts[0])] == [unet, rest]
 
 
 def test_a_published_yaml_works_unchanged():
-    ours = on_meta(load_config(CONFIGS / "latent-diffusion/ffhq-ldm-vq-4.yaml"))
+    ours = on_meta(shipped("latent-diffusion/ffhq-ldm-vq-4"))
     theirs = on_meta(OmegaConf.to_container(OmegaConf.create(PUBLISHED)))
     assert shapes(theirs) == shapes(ours) and torch.equal(theirs.betas, ours.betas)
     assert theirs.image_size == 64 and theirs.first_stage_model.downsampling == 4

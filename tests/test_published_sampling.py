@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import last
 from published import built
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
@@ -36,12 +37,6 @@ def kind(request):
     assert model.conditional == (condition is not None)
     D = LatentDenoiser(model, condition) if model.conditional else Denoiser(model.network, model.schedule, model.parameterization)
     return model, D, (model.channels, 8, 8), request.param.startswith("latent")
-
-
-def last(states):
-    for state in states:  # noqa: B007
-        pass
-    return state
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from common import ROOT, randomised
 from PIL import Image
-from test_latent_diffusion import tiny_config
+from published import tiny_config
 
 from ldm import sample
 from ldm.export_diffusers import export

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import randomised
+from checkpoint_files import Calls, archive, as_lightning, assert_equal, refused
+from common import PIXELS, UNET, randomised
 from pipelines import build
+from published import tiny_config
 from safetensors.torch import load_file, save_file
-from test_checkpoints import PIXELS, UNET, Calls, archive, as_lightning, assert_equal, refused
-from test_latent_diffusion import tiny_config
 
 from ldm.checkpoints import load_model
 from ldm.kinds import infer_config
@@ -44,11 +44,6 @@ SMALL = tiny_config(
 @pytest.fixture(scope="module")
 def model():
     return randomised(instantiate_from_config(SMALL))
-
-
-@pytest.fixture
-def pixels():
-    return randomised(instantiate_from_config(PIXELS))
 
 
 def averages(state, factor=1.0):
