@@ -121,7 +121,7 @@ def test_sizes_are_those_of_the_papers(config, unet, rest):
 
 def test_a_published_yaml_works_unchanged():
     ours = on_meta(shipped("latent-diffusion/ffhq-ldm-vq-4"))
-    theirs = on_meta(OmegaConf.to_container(OmegaConf.create(PUBLISHED)))
+    theirs = on_meta(OmegaConf.to_container(OmegaConf.create(PUBLISHED))["model"])
     assert shapes(theirs) == shapes(ours) and torch.equal(theirs.betas, ours.betas)
     assert theirs.image_size == 64 and theirs.first_stage_model.downsampling == 4
 
@@ -218,7 +218,7 @@ def test_published_checkpoints_are_known(name, config):
     tensors = published_names(stored(published(name)))
     path = infer_config("a.pt", tensors)
     assert path == CONFIGS / f"{config}.yaml"
-    assert len(match(Path("a.pt"), tensors, on_meta(load_config(path)).state_dict(keep_vars=True))) == len(tensors)
+    assert len(match(Path("a.pt"), tensors, on_meta(load_config(path)["model"]).state_dict(keep_vars=True))) == len(tensors)
 
 
 def test_every_shipped_config_is_known_by_its_own_tensors():
