@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from ldm.checkpoints import load_model
 from ldm.clip import load_clip_vision
-from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint, gram_distance, latent_inpainting
+from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint, latent_inpainting
 from ldm.data.emoji import SHIPPED_STYLES, Emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.fast_sampler import fast_sampler
+from ldm.guidance import gram_distance
 from ldm.images import from_uint8
 from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import lpips_distance, lpips_weights, psnr, ssim

@@ -224,12 +224,12 @@ def repaint(
 @torch.inference_mode()
 def _repaint(run, constraint, resamples):
     D, levels, noise, x_t = run
-    M = constraint.A
     for i, (now, to) in enumerate(pairwise(levels)):
+        held = constraint.at(to)
         for u in reversed(range(resamples if to.sigma > 0 else 1)):
             x0 = D(x_t, now.t)
             x_s = D.schedule.step(x_t, x0, now, to, 1.0, noise)
-            x_s = x_s + M(to.alpha * constraint.y + (to.sigma * noise() if to.sigma > 0 else 0.0) - x_s)
+            x_s = x_s + held.A(to.alpha * held.y + (to.sigma * noise() if to.sigma > 0 else 0.0) - x_s)
             if u:
                 a = now.alpha / to.alpha
                 x_t = a * x_s + (now.sigma**2 - (a * to.sigma) ** 2) ** 0.5 * noise()

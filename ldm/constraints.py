@@ -4,10 +4,13 @@
 is a root mean square over what is measured, or the loss itself. The denoiser is never differentiated; where a constraint looks
 at decoded images, the gradient of the *decoder* is taken (`DecodedConstraint`, `LossConstraint`) or not even that
 (`EncoderConstraint`).
+
+    both = a + 0.5 * b;   both.residuals(x0)      constraints combined, and the residual of each
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +18,9 @@ from torch import Tensor
 from ldm.images import check_image
 from ldm.inpainting import check_mask, harmonic_fill, latent_mask
 from ldm.linalg import max_norm, unit
-from ldm.operators import Mask
+from ldm.operators import Mask, Stack
+from ldm.schedules import Level
+from ldm.util import moved
 
 
 class Constraint(ABC):
@@ -24,12 +29,16 @@ class Constraint(ABC):
     linear            whether it is a measurement y = A x0 + sigma_y n whose A does not depend on x0
     through_decoder   whether it looks at the decoded image
     backward_passes   of the decoder (or of a loss), so far; the denoiser has none
+    batch             the samples that it has measurements for; 1: any number
+    noisy             whether its operator has noise of its own (soft masks)
     linearised        x0 -> (A, r), the operator at x0 and the residual r = y - A x0; None where there is no operator
     """
 
     linear = False
     through_decoder = False
     backward_passes = 0
+    batch = 1
+    noisy = False
     linearised: "Callable[[Tensor], tuple] | None" = None
 
     @abstractmethod
@@ -39,6 +48,33 @@ class Constraint(ABC):
     def residual(self, x0: Tensor) -> Tensor:
         """One number per sample [B], without the error direction where that is cheaper."""
         return self(x0)[1]
+
+    @property
+    def terms(self) -> "list[tuple[float, Constraint]]":
+        """What it is a sum of: weights and constraints. One that is no sum is its only term."""
+        return [(1.0, self)]
+
+    def residuals(self, x0: Tensor) -> list[Tensor]:
+        """The residual [B] of each term."""
+        return [constraint.residual(x0) for _, constraint in self.terms]
+
+    def at(self, level: Level) -> "Constraint":
+        """What counts in a diffusion step that ends at this noise level: all of it, but for soft masks."""
+        terms = [(weight, constraint.at(level)) for weight, constraint in self.terms if constraint is not self]
+        return combine(terms) if terms else self
+
+    def __add__(self, other):
+        return combine([*self.terms, *as_constraint(other).terms]) if callable(other) else NotImplemented
+
+    def __radd__(self, other):
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # the start of sum()
+
+    def __mul__(self, weight: float) -> "Constraint":
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"weight = {weight!r} of a constraint: give a number >= 0")
+        return combine([(weight * own, constraint) for own, constraint in self.terms])
+
+    __rmul__ = __mul__
 
 
 class FunctionConstraint(Constraint):
@@ -71,7 +107,7 @@ class LinearConstraint(Constraint):
     def __init__(self, A, y: Tensor):
         if not torch.isfinite(y).all():
             raise ValueError(f"y has {int((~torch.isfinite(y)).sum())} values that are NaN or infinite: all must be finite")
-        self.A, self.y = A, y
+        self.A, self.y, self.batch, self.noisy = A, y, len(y), torch.is_tensor(A.variance)
         self.count = A.measured(torch.ones_like(y)).flatten(1).sum(1).clamp_min(1)  # [B] measured values per sample
 
     def __call__(self, x0):
@@ -80,6 +116,10 @@ class LinearConstraint(Constraint):
 
     def residual(self, x0):
         return self.rms(self.difference(x0))
+
+    def at(self, level):
+        A = self.A.at(level)
+        return self if A is self.A else LinearConstraint(A, A(self.A.pseudo_inverse(self.y)))
 
     def linearised(self, x0):
         """(A, r) at x0."""
@@ -94,28 +134,105 @@ class LinearConstraint(Constraint):
         return (r.flatten(1).square().sum(1) / self.count).sqrt()
 
 
-def inpainting(image, mask):
+# ---- sums
+
+
+def combine(terms: Sequence[tuple[float, Constraint]]) -> Constraint:
+    """The sum of constraints by their weights >= 0, e = sum of w_i e_i: where all are linear one LinearConstraint, of the stacked
+    operator (`LinearSum`), otherwise a `Sum`. ValueError where they are for batches of different sizes."""
+    batches = [constraint.batch for _, constraint in terms]
+    if len(set(batches) - {1}) > 1:
+        raise ValueError(f"constraints for {' and '.join(map(str, batches))} samples are added: give all of them one batch, or 1")
+    return LinearSum(terms) if all(isinstance(constraint, LinearConstraint) for _, constraint in terms) else Sum(terms)
+
+
+class LinearSum(LinearConstraint):
+    """sum of w_i |y_i - A_i x0|^2 as one least-squares problem: rows sqrt(w_i) (A_i, y_i), so that sigma_y counts as
+    sigma_y / sqrt(w_i) for the measurements of term i. residual: the RMS of all rows."""
+
+    def __init__(self, terms):
+        self._terms = list(terms)
+        A = Stack([(weight, constraint.A, constraint.y.shape) for weight, constraint in terms])
+        super().__init__(A, A.join([constraint.A.measured(constraint.y) for _, constraint in terms]))
+
+    at = Constraint.at
+
+    @property
+    def terms(self):
+        return self._terms
+
+
+class Sum(Constraint):
+    """Any constraints added up:  e = sum of w_i e_i,  residual = sum of w_i residual_i. Where all have an operator, so has
+    the sum: the stacked one."""
+
+    def __init__(self, terms):
+        self._terms = list(terms)
+        self.batch = max(constraint.batch for _, constraint in terms)
+        self.through_decoder = any(constraint.through_decoder for _, constraint in terms)
+        self.noisy = any(constraint.noisy for _, constraint in terms)
+        self.linearised = self._linearised if all(constraint.linearised for _, constraint in terms) else None
+
+    @property
+    def terms(self):
+        return self._terms
+
+    @property
+    def backward_passes(self):
+        return sum(constraint.backward_passes for _, constraint in self.terms)
+
+    def __call__(self, x0):
+        e, residual = zip(*(constraint(x0) for _, constraint in self.terms), strict=True)
+        return self._weighted(e), self._weighted(residual)
+
+    def residual(self, x0):
+        return self._weighted(self.residuals(x0))
+
+    def _weighted(self, values):
+        return torch.stack([weight * value for (weight, _), value in zip(self.terms, values, strict=True)]).sum(0)
+
+    def _linearised(self, x0):
+        found = [(weight, *constraint.linearised(x0)) for weight, constraint in self.terms]
+        A = Stack([(weight, operator, r.shape) for weight, operator, r in found])
+        return A, A.join([r for *_, r in found])
+
+
+# ---- inpainting
+
+
+def renewed(constraint: Constraint, x_t: Tensor, level: Level, noise: Callable[[], Tensor]) -> Tensor:
+    """x_t at this level with alpha image + sigma n, n new, where the soft masks of a constraint hold it."""
+    for _, term in constraint.terms:
+        held = term.at(level) if term.noisy else None
+        if isinstance(held, LinearConstraint):
+            x_t = x_t + held.A(level.alpha * held.y + level.sigma * noise() - x_t)
+    return x_t
+
+
+def inpainting(image, mask, soft=False):
     """The pixels where mask is 1 are known:  e = M * (image - x0).
 
-    image: [B, C, H, W] in [-1, 1]; mask: [B or 1, 1, H, W] of 0 (fill in) and 1 (keep). ValueError where they do not fit.
+    image: [B, C, H, W] in [-1, 1]; mask: [B or 1, 1, H, W] of 0 (fill in) and 1 (keep), with soft=True also of weights
+    between, how strongly each pixel is kept (`Mask`). ValueError where they do not fit.
     """
-    A = Mask(mask)
+    A = Mask(mask, soft)
     return LinearConstraint(A, A(check_image(image)))
 
 
-def latent_inpainting(model, image, mask, whole=False):
+def latent_inpainting(model, image, mask, whole=False, soft=False):
     """Inpainting in the latent space of a LatentDiffusion:  e = M * (Enc(image) - x0).
 
     image [B, 3, H, W] in [-1, 1], mask [B or 1, 1, H, W], H and W as the model takes them (ldm/inpainting.py: fit). A latent pixel
     is known where all of its pixels are. The encoder sees the hole filled with the smooth continuation of what is around
     it, since anything else bleeds into the known latents; whole=True: the image as it is, where that is known.
+    soft=True: the mask has weights between (`Mask`). A latent pixel has the least of its pixels'; the hole is where it is 0.
     """
     mask = mask.to(check_image(image))
-    Mask(mask)(image)  # its errors of size and values come before those of what the mask shows
+    Mask(mask, soft)(image)  # its errors of size and values come before those of what the mask shows
     check_mask(mask)
     with torch.inference_mode(False), torch.no_grad():
-        z = model.encode(image if whole else harmonic_fill(image, mask))
-    A = Mask(latent_mask(mask, image.shape[3] // z.shape[3]))
+        z = model.encode(image if whole else harmonic_fill(image, mask > 0))
+    A = Mask(latent_mask(mask, image.shape[3] // z.shape[3]), soft)
     return LinearConstraint(A, A(z))
 
 
@@ -134,6 +251,7 @@ class DecodedConstraint(Constraint):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
         self.decode, self.pixels, self.chunk, self.backward_passes = decode, LinearConstraint(A, y), chunk, 0
+        self.batch, self.noisy = len(y), self.pixels.noisy
 
     def __call__(self, x0):
         A, r = self.linearised(x0)
@@ -161,7 +279,7 @@ class _Derivative:
             self.image = self.graph[1].detach()
         else:
             self.image = torch.cat([constraint.decode(part) for part in z.split(chunk)])
-        self.r = constraint.pixels.difference(self.image)
+        self.r, self.variance = constraint.pixels.difference(self.image), constraint.pixels.A.variance
 
     def __call__(self, w):
         s = 0.05 / max_norm(w).clamp_min(1e-30)
@@ -205,7 +323,7 @@ class EncoderConstraint(Constraint):
 
     def __init__(self, decode, encode, A, y: Tensor, lift=None, h: float = 0.05, retraction: float = 1.0):
         self.decode, self.encode, self.pixels, self.h, self.retraction = decode, encode, LinearConstraint(A, y), h, retraction
-        self.lift = A.pseudo_inverse if lift is None else lift
+        self.lift, self.batch = A.pseudo_inverse if lift is None else lift, len(y)
 
     def __call__(self, x0):
         x = self.decode(x0)
@@ -255,23 +373,4 @@ class LossConstraint(Constraint):
         return values
 
 
-def gram(tokens):
-    """Gram matrix of features over the places of a image (Gatys et al. 2016): F^T F / N, tokens F [B, N, C] -> [B, C, C]."""
-    return tokens.transpose(1, 2) @ tokens / tokens.shape[1]
-
-
-def gram_distance(features, decode, reference):
-    """The loss |G(features(decode(x0))) - G(features(reference))|_F, Frobenius norm of the difference of Gram matrices. A function
-    x0 [B, ...] -> [B] for LossConstraint: style guidance.
-
-    features: images in [-1, 1] -> tokens [B, N, C], such as `ldm.clip.ClipVision`; reference: [B or 1, 3, H, W].
-    """
-    with torch.no_grad():
-        wanted = gram(features(check_image(reference, "reference")))
-
-    def loss(x0):
-        if len(wanted) not in (1, len(x0)):
-            raise ValueError(f"reference has {len(wanted)} images, but x0 has {len(x0)} samples: give one for each, or one for all")
-        return torch.linalg.matrix_norm(gram(features(decode(x0))) - wanted)
-
-    return loss
+__getattr__ = moved("ldm.constraints", "ldm.guidance", "gram gram_distance")

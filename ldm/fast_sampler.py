@@ -69,8 +69,9 @@ def fast_sampler(
     explains the steps and the defaults.
 
     A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along
-    w = V e that of A w; sigma_y must be 0 then. `constraint=None` samples without one (`steps` evaluations). Raises ValueError for
-    wrong arguments at once, and FloatingPointError at the end if an x0 was not finite: nothing waits for a tensor's values before.
+    w = V e that of A w; sigma_y must be 0 then. The noise of a soft mask (ldm/operators.py) adds to sigma_y. `constraint=None`
+    samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and FloatingPointError at the end if
+    an x0 was not finite: nothing waits for a tensor's values before.
     """
     strength = min(2.3, 55 / steps) if strength is None else strength
     settings = Settings(vectors, strength, late, sigma_y, eta, fresh, common.pop("h", None), common.pop("mode", None))
@@ -90,7 +91,7 @@ def _fast_sampler(run: Run, constraint: Constraint | None, s: Settings):
             x_t = D.schedule.step(x_t, x0, now, to, s.eta, noise)
         elif uses_J(now, to, s.late):
             x_t, x0 = step_with_J(D, constraint, x_t, x0, now, to, noise, s)
-        elif s.sigma_y == 0:
+        elif s.sigma_y == 0 and not constraint.noisy:
             x_t, x0 = step_without_J(constraint, x_t, x0, now, to, noise, s)
         else:
             x_t, x0 = step_with_noise(constraint, x_t, x0, now, to, noise, s)
@@ -105,10 +106,16 @@ def _fast_sampler(run: Run, constraint: Constraint | None, s: Settings):
 
 
 def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
-    """V = gamma J. The push on x_t is `strength` times d, since D answers a move alpha d by alpha J d: little at high noise."""
+    """V = gamma J. The push on x_t is `strength` times d, since D answers a move alpha d by alpha J d: little at high noise.
+
+    It counts y in every step anew. What a soft mask keeps may count once only: then x_s is the DDIM step from (x_t, x0 + d), which
+    is exact for Gaussians.
+    """
     gamma = now.sigma**2 / max(now.alpha, 1e-3)  # a flow starts at alpha = 0
     V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode)  # noqa: E731
     d = correction(constraint, x0, V, s.vectors, s.sigma_y)
+    if constraint.noisy:
+        return D.schedule.step(x_t, x0 + d, now, to, s.eta, noise), x0 + d
     return D.schedule.step(x_t, x0, now, to, s.eta, noise) + to.alpha * s.strength * d, x0 + d
 
 
@@ -130,9 +137,10 @@ def step_with_noise(constraint, x_t, x0, now: Level, to: Level, noise, s: Settin
         d = K (y - A (x0 + sqrt(v) n')),   K = V A^T (sigma_y^2 I + A V A^T)^-1,   n' normal, correlation with n 1 / (2 fresh)
 
     Where A has the singular value q, with w = v q^2 / (v q^2 + sigma_y^2), the variances add up to v: v (1 - w + w^2) from eps, n
-    and n', v (w - w^2) from y. x0 stays D's estimate, in the last step too.
+    and n', v (w - w^2) from y. x0 stays D's estimate, in the last step too, but where a soft mask has the weight 1.
     """
     if to.sigma == 0:
+        x0 = x0 if s.sigma_y > 0 else x0 + correction(constraint.at(to), x0, lambda v: v, INNER if constraint.linear else 1)
         return x0, x0
     eps, std, c = (x_t - now.alpha * x0) / now.sigma, to.sigma / to.alpha, 0.5 / s.fresh
     n = noise()
@@ -150,8 +158,10 @@ def correction(
     shift: Tensor | None = None,
 ) -> Tensor:
     """d of (*), with A linearised at x0; V a function v -> V v. With shift, r is that of x0 + shift."""
+    variance: Tensor | float = sigma_y**2
     if constraint.linearised is not None:
         A, r = constraint.linearised(x0)
+        variance = variance + A.variance
         r = r if shift is None else r - A(shift)
 
         def product(u):
@@ -166,7 +176,7 @@ def correction(
             length = 0.1 / max_norm(w).clamp_min(1e-30)
             return w, (r - constraint(x0 + length * w)[0]) / length
 
-    d, _ = gcr(r, product, vectors, sigma_y**2)
+    d, _ = gcr(r, product, vectors, variance)
     return d if constraint.linear else shortened(d, TRUST)
 
 
@@ -194,10 +204,12 @@ def _check(s: Settings, constraint: Constraint | None) -> None:
             raise ValueError(f"{name} = {value}: give a number >= 0")
     if not s.strength > 0:
         raise ValueError(f"strength = {s.strength}: give a positive number")
-    least = 0.5 if s.sigma_y > 0 else 0
+    noisy = s.sigma_y > 0 or constraint is not None and constraint.noisy
+    least = 0.5 if noisy else 0
     if not least <= s.fresh <= 1:
         raise ValueError(f"fresh = {s.fresh}: give a number from {least} to 1")
     check_eta(s.eta)
     check_product(s.h, s.mode)
-    if s.sigma_y > 0 and (constraint is None or constraint.linearised is None):
-        raise ValueError(f"sigma_y = {s.sigma_y}: this constraint has no A to weigh the noise with, give 0")
+    if noisy and (constraint is None or constraint.linearised is None):
+        given = f"sigma_y = {s.sigma_y}" if s.sigma_y > 0 else "a soft mask"
+        raise ValueError(f"{given}: this constraint has no A to weigh the noise with, give 0, and masks of 0 and 1")

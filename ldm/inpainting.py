@@ -1,6 +1,7 @@
 """What inpainting needs besides the sampler and the masks: canvases, and the seam between known and generated pixels.
 
 Images are [B, C, H, W] float32 in [-1, 1]. Masks are [B or 1, 1, H, W] of 1 (known, kept) and 0 (to be filled in): ldm/masks.py.
+Of soft masks, only what has the weight 1 is put back.
 """
 
 from typing import Any
@@ -108,7 +109,7 @@ def blend(sampled: Tensor, image: Tensor, mask: Tensor, feather: int = 0, poisso
         raise ValueError(f"feather = {feather}: give a number of pixels >= 0")
     check_finite(sampled, "the sampled image, which blend was given,")
     check_finite(image, "the known image, which blend was given,")
-    mask = mask.to(image)
+    mask = (mask == 1).to(image)
     if poisson:
         sampled = (sampled + harmonic_fill((image - sampled) * mask, mask)).clamp(-1, 1)
     if not feather:

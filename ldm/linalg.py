@@ -42,7 +42,7 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
 Product = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def gcr(r: Tensor, product: Product, vectors: int, noise_variance: float = 0.0) -> tuple[Tensor, Tensor]:
+def gcr(r: Tensor, product: Product, vectors: int, noise_variance: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """Generalised conjugate residuals (Eisenstat et al. 1983): least |r - M lambda|_2 over the Krylov space of `vectors` vectors.
 
     M u = noise_variance u + m, with (w, m) = product(u); M need not be symmetric. One vector is an exact line search.
@@ -55,11 +55,16 @@ def gcr(r: Tensor, product: Product, vectors: int, noise_variance: float = 0.0) 
         m = noise_variance * r + m
         for old_w, old_m in directions:  # orthogonalise the images m
             b = ratio(dot(m, old_m), dot(old_m, old_m))
-            w, m = w - b * old_w, m - b * old_m
+            w, m = w - _times(b, old_w), m - b * old_m
         c = ratio(dot(r, m), dot(m, m))
         directions.append((w, m))
-        total, r = total + c * w, r - c * m
+        total, r = total + _times(c, w), r - c * m
     return torch.as_tensor(total), r
+
+
+def _times(c: Tensor, v: Tensor) -> Tensor:
+    """c v for one number per sample, c [B, 1, ...], and v [B, ...] of any number of dimensions."""
+    return c.view(-1, *[1] * (v.ndim - 1)) * v
 
 
 def power_iteration(matvec: Callable[[Tensor], Tensor], v: Tensor, iterations: int = 30) -> Tensor:

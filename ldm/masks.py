@@ -2,6 +2,8 @@
 
 A pixel that is only partly known is not known: soft edges, half-transparent pixels and grey values belong to the hole. Only where a
 mask has exactly two values are these the hole and the known part whatever they are (0 and 1, 0 and 255, False and True, ...).
+
+Soft masks (soft=True) keep the values between, as weights: how strongly a pixel is kept (`ldm.operators.Mask`).
 """
 
 import math
@@ -26,7 +28,9 @@ KNOWN_LOSSY = 0.75  # in formats whose compression blurs black and white
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 
 
-def make_mask(what: Any, size: Sequence[int], seed: int = 0, image_path: Source | None = None, invert: bool = False) -> Tensor:
+def make_mask(
+    what: Any, size: Sequence[int], seed: int = 0, image_path: Source | None = None, invert: bool = False, soft: bool = False
+) -> Tensor:
     """A mask [1, 1, H, W], 1 where known and 0 where to be filled in, float32, for images of size (H, W).
 
     what    "left", "right", "top" or "bottom": that half is missing
@@ -39,6 +43,7 @@ def make_mask(what: Any, size: Sequence[int], seed: int = 0, image_path: Source 
             missing; but of one colour painted on a transparent layer (most of its border is transparent) the paint is missing
             a tensor of any dtype, [H, W] or [B or 1, C, H, W]: a mask of this library, 1 (True, white) is known
     invert  exchanges the known and the missing part
+    soft    grey values stay, as weights from 0 (missing) to 1 (known)
 
     A pixel is known where at least 99 % of it is: of 255, black is at most 2, and opaque at least 253. In JPEG, WebP and AVIF
     files, whose compression blurs black and white, black is at most a quarter of white. A mask of exactly two values has no grey:
@@ -60,11 +65,13 @@ def make_mask(what: Any, size: Sequence[int], seed: int = 0, image_path: Source 
     elif isinstance(what, str) and what == "strokes":
         mask = _strokes(h, w, seed)
     else:
-        return check_mask(read_mask(what, size, image_path, invert))
+        return check_mask(read_mask(what, size, image_path, invert, soft=soft))
     return check_mask(1 - mask if invert else mask)
 
 
-def read_mask(what: Any, size: Sequence[int], image_path: Source | None = None, invert: bool = False, name: str = "mask") -> Tensor:
+def read_mask(
+    what: Any, size: Sequence[int], image_path: Source | None = None, invert: bool = False, name: str = "mask", soft: bool = False
+) -> Tensor:
     """As `make_mask`, for the kinds that are images, arrays and tensors; `name` is the argument that errors name. A mask without a
     hole and one that is all hole are returned as they are."""
     least, shown = KNOWN, f"{name} = {str(what)!r}" if isinstance(what, (str, os.PathLike)) else name
@@ -85,7 +92,10 @@ def read_mask(what: Any, size: Sequence[int], image_path: Source | None = None, 
         known = 1 - _missing(np.atleast_3d(np.asarray(image)), white(image, format), shown)
     known = torch.as_tensor(known, dtype=torch.float32)
     known = known.reshape(-1, 1, *known.shape[-2:])
-    mask = ((1 - known if invert else known) >= least).float()
+    known = 1 - known if invert else known
+    mask = (known >= least).float()
+    if soft:
+        mask = torch.where((known < least) & (known > 1 - KNOWN), known, mask)
     return _to_size(mask, size, shown)
 
 
@@ -115,8 +125,10 @@ def latent_mask(mask: Tensor, downsampling: int) -> Tensor:
 
 def resize_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     """A mask [B, 1, h, w] at another size (H, W), for an image that is resized too: a pixel is known where all pixels
-    that are averaged for it are known."""
-    return (resize(mask, list(size), InterpolationMode.BILINEAR, antialias=True) > 0.999).to(mask)
+    that are averaged for it are known. A soft mask (with values between 0 and 1) is averaged."""
+    mean = resize(mask, list(size), InterpolationMode.BILINEAR, antialias=True)
+    known = (mean > 0.999).to(mask)
+    return known if ((mask == 0) | (mask == 1)).all() else torch.where(known > 0, known, mean * (mean > 0.001))
 
 
 # ---- shapes

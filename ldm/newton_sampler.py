@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from ldm.constraints import Constraint, as_constraint
+from ldm.constraints import Constraint, as_constraint, renewed
 from ldm.linalg import unit
 from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, jvp
 from ldm.util import moved
@@ -42,8 +42,9 @@ def newton_sampler(
         x0 = D(x_t, t);  K times: { e = constraint(x0);  x_t += lr J e / |J e|_inf;  x0 = D(x_t, t) };  DDIM step to the next t
 
     The defaults are the paper's for inpainting (220 evaluations), see PAPER. `constraint=None` samples without one (`steps`
-    evaluations). An x_t that is sent into the generator takes the place of its own. No autograd graph is ever built. ValueError for
-    wrong arguments at once, FloatingPointError if x0 stops being finite.
+    evaluations). Where a soft mask holds a pixel, x_t is the noised image (`ldm.constraints.renewed`). An x_t that is sent into the
+    generator takes the place of its own. No autograd graph is ever built. ValueError for wrong arguments at once,
+    FloatingPointError if x0 stops being finite.
     """
     if int(newton_steps) != newton_steps or newton_steps < 0:
         raise ValueError(f"newton_steps = {newton_steps}: give an integer >= 0")
@@ -60,13 +61,16 @@ def _newton_sampler(run: Run, constraint, lengths, h, eta, mode):
     for i, (now, to) in enumerate(pairwise(levels), start=1):
         x0, residual = D(x_t, now.t), None
         if constraint is not None:
+            held = constraint.at(to)
             for lr in lengths:
-                e, _ = constraint(x0)
+                e, _ = held(x0)
                 x_t = x_t + lr * unit(jvp(D, x_t, now.t, e, x0, h, mode))
                 x0 = D(x_t, now.t)
             residual = constraint.residual(x0)
         check_finite(x0, now.t)
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
+        if constraint is not None and constraint.noisy and to.sigma > 0:
+            x_t = renewed(constraint, x_t, to, noise)
         sent = yield State(i, now.t, x_t, x0, residual, D.calls)
         x_t = x_t if sent is None else sent
 

@@ -43,7 +43,7 @@ class NonlinearConstraint(Constraint):
 
     def __init__(self, A: NonlinearOperator, y: Tensor):
         self.A, self.pixels = A, LinearConstraint(A, y)  # whose y, count and rms are needed, not its adjoint
-        self.y, self.count = y, self.pixels.count
+        self.y, self.count, self.batch = y, self.pixels.count, len(y)
 
     def __call__(self, x0):
         derivative, r = self.linearised(x0)
@@ -62,7 +62,7 @@ class _Derivative:
     """A'(x), given A(x): A' w ~ (A(x + s w) - A(x)) / s, |s w|_inf a hundredth of the images' range."""
 
     def __init__(self, A, x, Ax, h=0.02):
-        self.A, self.x, self.Ax, self.h = A, x, Ax, h
+        self.A, self.x, self.Ax, self.h, self.variance = A, x, Ax, h, A.variance
 
     def __call__(self, w):
         s = self.h / max_norm(w).clamp_min(1e-30)

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ldm.sampling import seeded_noise
+from ldm.schedules import Level
 
 
 class Operator(ABC):
-    """The base of all operators. They follow the dtype and device of the tensors they are given."""
+    """The base of all operators. They follow the dtype and device of the tensors they are given.
+
+    variance    of the noise that each measurement has by itself, broadcast to y; 0: none, which is all but soft masks
+    """
+
+    variance: Tensor | float = 0.0
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -32,6 +38,10 @@ class Operator(ABC):
     def measured(self, y: Tensor) -> Tensor:
         """y with zeros where nothing is measured: y itself but for masks."""
         return y
+
+    def at(self, level: Level) -> "Operator":
+        """What of it counts in a diffusion step that ends at this noise level: all but for soft masks."""
+        return self
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """A^+ y. Raises ValueError where it is not known."""
@@ -58,18 +68,49 @@ class Mask(Operator):
     """A x = M * x, zero where unknown; A^T = A.
 
     mask: [B or 1, 1 or C, H, W] of zeros (unknown) and ones (known), any dtype. Other values are a ValueError.
+    soft: values between are weights w, how strongly a pixel is kept: it is known up to noise of the standard deviation
+          s = sqrt((1 - w) / w), in units of x. (Next to a prior of unit variance its mean is w times its value.) M = sqrt(w), and
+          the noise of y has the variance 1 - w, which `fast_sampler` solves with. `newton_sampler` holds a pixel in the steps
+          that end at sigma / alpha >= s, and lets it go below (differential diffusion, Levin & Fried 2023).
     """
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, mask: Tensor, soft: bool = False):
         if mask.ndim != 4:
             raise ValueError(f"mask has shape {list(mask.shape)}: give [B, 1, H, W] or [1, 1, H, W]")
-        if not ((mask == 0) | (mask == 1)).all():
+        if soft and not ((mask >= 0) & (mask <= 1)).all():
+            raise ValueError("mask has values outside of 0 (unknown) to 1 (known)")
+        if not soft and not ((mask == 0) | (mask == 1)).all():
             raise ValueError("mask has values other than 0 (unknown) and 1 (known): threshold it first, for example mask > 0.5")
         self.mask = mask
+        if soft and not ((mask == 0) | (mask == 1)).all():
+            self.mask, self.variance = mask.sqrt(), 1 - mask
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._fitted(x) * x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self(y)
+
+    def at(self, level: Level) -> Operator:
+        if not torch.is_tensor(self.variance):
+            return self
+        weights = self.mask.square()
+        held = weights * (level.alpha**2 + level.sigma**2) >= level.alpha**2 * (1 - 1e-6)  # s <= sigma / alpha
+        return Mask((weights > 0) & held)
+
+    def measured(self, y: Tensor) -> Tensor:
+        return (self._fitted(y) > 0) * y
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        mask = self._fitted(y)
+        return (mask > 0) * y / torch.where(mask > 0, mask, 1.0)
+
+    def _fitted(self, x: Tensor) -> Tensor:
+        """The mask in x's dtype on x's device. ValueError where it does not fit."""
         with torch.inference_mode(False):  # an ordinary tensor even where the first call is the sampler's
             self.mask = mask = self.mask.to(x)
+            if torch.is_tensor(self.variance):
+                self.variance = self.variance.to(x)
         try:
             fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
         except RuntimeError:
@@ -79,12 +120,7 @@ class Mask(Operator):
                 f"mask has shape {list(mask.shape)}, but the image has {list(x.shape)}: give the same height and "
                 "width, and one mask per image or one for all"
             )
-        return mask * x
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        return self(y)
-
-    measured = pseudo_inverse = adjoint
+        return mask
 
 
 class Separable(Operator):
@@ -169,6 +205,42 @@ class Compose(Operator):
 
     def measured(self, y: Tensor) -> Tensor:
         return self.last.measured(y)
+
+
+class Stack(Operator):
+    """x -> (sqrt(w_1) A_1 x, sqrt(w_2) A_2 x, ...), flattened: [B, N] with N the number of all measured values of a sample.
+
+    terms: a weight >= 0, an operator and a shape [B, ...] of its output each. A^T A = sum of w_i A_i^T A_i.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Operator, Sequence[int]]]):
+        self.operators = [operator for _, operator, _ in terms]
+        self.roots = [weight**0.5 for weight, *_ in terms]
+        self.shapes = [tuple(shape[1:]) for *_, shape in terms]
+        if any(torch.is_tensor(operator.variance) for operator in self.operators):
+            each = [torch.as_tensor(operator.variance).expand(shape).flatten(1) for _, operator, shape in terms]
+            self.variance = torch.cat([x.expand(max(map(len, each)), -1) for x in each], 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.join([operator(x) for operator in self.operators])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        parts = [root * A.adjoint(part) for root, A, part in zip(self.roots, self.operators, self._split(y), strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def measured(self, y: Tensor) -> Tensor:
+        parts = [(root > 0) * A.measured(part) for root, A, part in zip(self.roots, self.operators, self._split(y), strict=True)]
+        return torch.cat([part.flatten(1) for part in parts], 1)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Measurements [B or 1, ...] of the operators as one [B, N], each by its root of the weight."""
+        most = max(len(part) for part in parts)
+        parts = [root * part.flatten(1).expand(most, -1) for root, part in zip(self.roots, parts, strict=True)]
+        return torch.cat(parts, 1)
+
+    def _split(self, y: Tensor) -> list[Tensor]:
+        parts = y.split([math.prod(shape) for shape in self.shapes], 1)
+        return [part.view(len(y), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def measure(A: Operator, x: Tensor, sigma_y: float = 0.0, seeds: Sequence[int] | None = None) -> Tensor:

@@ -11,11 +11,10 @@ from ldm.constraints import (
     DecodedConstraint,
     EncoderConstraint,
     LossConstraint,
-    gram,
-    gram_distance,
     latent_inpainting,
 )
 from ldm.denoisers import Denoiser
+from ldm.guidance import gram, gram_distance
 from ldm.inpainting import make_mask
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.newton_sampler import newton_sampler, sample
