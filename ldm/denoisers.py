@@ -170,11 +170,11 @@ class LatentDenoiser(Denoiser):
         super().__init__(model.network, model.schedule, model.parameterization, model, tf32)
         # Ordinary tensors even inside torch.inference_mode(), so that forward-mode differentiation may use them.
         with torch.inference_mode(False), torch.no_grad():
-            self.condition = self.negative = model.encode_prompts(
-                prompts
-            )  # text: tokens [1 or B, M, context_dim]; classes: labels [.]
-            if guidance != 1:
-                self.negative = model.encode_prompts(negative_prompts)
+            # Text: tokens [1 or B, M, context_dim]; classes: labels [.]
+            self.condition = self.negative = model.encode_prompts(prompts)
+            if guidance != 1:  # some pipelines put other words around negative prompts
+                self.negative = getattr(model, "encode_negatives", model.encode_prompts)(negative_prompts)
+                self.condition, self.negative = _same_length(self.condition, self.negative)
         same = self.condition.shape == self.negative.shape and torch.equal(self.condition, self.negative)
         self.guidance = 1.0 if same else guidance  # equal outputs: no doubled batch for nothing
 
@@ -194,3 +194,11 @@ class LatentDenoiser(Denoiser):
                 f"{name} has {len(condition)} entries, but x_t has {len(x_t)} samples: give one for each, or one for all"
             )
         return condition.expand(len(x_t), *condition.shape[1:])
+
+
+def _same_length(*contexts):
+    """Tokens [B, M, width], the shorter ones followed by zeros: contexts of different lengths have a channel for the mask."""
+    if contexts[0].ndim < 3:
+        return contexts
+    most = max(x.shape[1] for x in contexts)
+    return [nn.functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in contexts]

@@ -10,11 +10,10 @@ own configs. The steps are ours, DDIM or Euler (ldm/diffusers_schedules.py). Wha
 thresholding of x0, safety checker, watermark) is not part of D.
 """
 
-import math
+import copy
 import re
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,161 +22,10 @@ import torch
 from einops import rearrange
 
 from ldm.denoisers import LatentDenoiser
-from ldm.diffusers_schedules import REVERSED, read_scheduler
-from ldm.images import check_finite
+from ldm.diffusers_pipeline import PipelineModel
+from ldm.diffusers_schedules import REVERSED
+from ldm.diffusers_text_to_image import TextToImage
 from ldm.util import resolve_device
-
-
-@contextmanager
-def ordinary_tensors():
-    """Inference mode off, whether gradients are recorded as it is: weights that an offloading hook moves to the device meanwhile
-    would else become inference tensors, which a later gradient (of the decoder) could not pass."""
-    gradients = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        yield
-
-
-class Network:
-    """(x_t [B, channels, h, w], t [B], context) -> prediction of x_t's shape and dtype, whatever the dtype of the weights."""
-
-    def __init__(self, model):
-        self.model, self.downsampling = model, model.multiple  # h and w have to be multiples of it
-
-    def __call__(self, x_t, t, context=None):
-        model, size = self.model, tuple(x_t.shape[2:])
-        if x_t.ndim != 4 or x_t.shape[1] != model.channels or any(n % self.downsampling for n in size):
-            raise ValueError(
-                f"x_t has shape {list(x_t.shape)}, but this pipeline takes [B, {model.channels}, h, w] with h and w "
-                f"divisible by {self.downsampling}"
-            )
-        if model.fixed_size and size != model.latent_size:
-            raise ValueError(
-                f"x_t has the size {list(size)}, but the noise levels of this pipeline, which depend on it, are those "
-                f"for {list(model.latent_size)}: give from_diffusers the size in pixels"
-            )
-        with ordinary_tensors():
-            out = model.predict(x_t.to(model.dtype), t, context if context is None else context.to(model.dtype))
-        return -out.to(x_t.dtype) if model.reversed else out.to(x_t.dtype)
-
-
-class PipelineModel:
-    """What the sampler, constraints and `LatentDenoiser` need of a model (ldm.models.diffusion.ddpm.LatentDiffusion), here of a
-    diffusers pipeline on latents.
-
-    network, schedule, parameterization   see Denoiser
-    channels, latent_size, image_size     of x_t: [B, channels, *latent_size] by default; image_size is the shorter side
-    downsampling                          pixels per latent pixel
-    device, dtype                         where x_t belongs, and of the network's weights
-
-    Each family below adds `embed`, a list of prompts -> (tokens [B, M, width], pooled embedding [B, P] or None), and `predict`, the
-    network on tensors of its own dtype. Components keep their place: offloading, attention slicing, VAE tiling, quantisation and
-    LoRA of the pipeline stay in force.
-    """
-
-    component = "unet"  # of the pipeline: the network
-    default_size = None  # of latents, where it does not stand in the network's config
-    patch: int | None = None  # side of the patches of a transformer, in latent pixels
-    addition: str | None = None  # a U-Net's addition_embed_type
-    uniform = True  # see PipelineFlowSchedule
-
-    def __init__(self, pipeline, size=None, prediction=None):
-        self.pipeline = pipeline
-        self.net = getattr(pipeline, self.component)
-        self.dtype = self.net.dtype
-        self.check()
-        own = self.default_size or self.net.config.sample_size
-        own = (own, own) if isinstance(own, int) else tuple(own)
-        size = tuple(n * self.downsampling for n in own) if size is None else tuple(size)
-        multiple = self.downsampling * self.multiple
-        if len(size) != 2 or min(size) < 1 or any(n % multiple for n in size):
-            raise ValueError(f"size = {size}: give (height, width) of images in positive multiples of {multiple} pixels")
-        self.latent_size = tuple(n // self.downsampling for n in size)
-        self.image_size = min(self.latent_size)
-        self.network = Network(self)
-        tokens = math.prod(n // (self.patch or 1) for n in self.latent_size)
-        self.schedule, self.parameterization, self.reversed = read_scheduler(pipeline.scheduler, prediction, tokens, self.uniform)
-        self.fixed_size = getattr(self.schedule, "mu", None) is not None  # whether the noise levels are those of one size
-
-    @property
-    def device(self):
-        return self.pipeline._execution_device  # of the computation, where components are offloaded
-
-    @property
-    def first_stage_model(self):
-        return self  # where LatentDiffusion has `downsampling`
-
-    @property
-    def channels(self):
-        return self.net.config.in_channels
-
-    @property
-    def downsampling(self):
-        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
-
-    @property
-    def multiple(self):
-        """Of latent pixels, that sides have to be."""
-        return self.patch or 2 ** (len(self.net.config.block_out_channels) - 1)
-
-    def check(self):
-        """ValueError, with the name of what it is, for components that this adapter would misread."""
-        config, vae = self.net.config, self.pipeline.vae
-        if type(vae).__name__ != "AutoencoderKL":
-            raise ValueError(f"vae is {type(vae).__name__}: only AutoencoderKL is supported")
-        if self.channels != vae.config.latent_channels:
-            raise ValueError(
-                f"the network takes {self.channels} channels, but the autoencoder's latents have "
-                f"{vae.config.latent_channels}: give the plain text-to-image pipeline"
-            )
-        for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
-            if config.get(name) is not None:
-                raise ValueError(f"{name} = {config[name]!r} in the network's config is not supported")
-        if config.get("addition_embed_type") != self.addition:
-            raise ValueError(
-                f"addition_embed_type = {config.get('addition_embed_type')!r} in the network's config: "
-                f"{type(self.pipeline).__name__} is supported with {self.addition!r}"
-            )
-
-    def encode(self, images):
-        """Images [B, 3, H, W] in -1 .. 1 -> z [B, channels, H/f, W/f], the posterior's mean, shifted and scaled."""
-        f = self.downsampling
-        if images.ndim != 4 or images.shape[1] != 3 or any(n == 0 or n % f for n in images.shape[2:]):
-            raise ValueError(
-                f"images have shape {list(images.shape)}, but this pipeline takes [B, 3, H, W] with H and W divisible by {f}"
-            )
-        mean, std = self.latent_statistics(images)
-        with ordinary_tensors():
-            z = self.pipeline.vae.encode(images.to(self.device, self.vae_dtype())).latent_dist.mode()
-        return (z.to(images) - mean) / std
-
-    def decode(self, z):
-        """Latents z [B, channels, h, w] -> images [B, 3, f h, f w], about -1 .. 1, not clipped. Differentiable.
-        FloatingPointError where a value is NaN or infinite."""
-        mean, std = self.latent_statistics(z)
-        with ordinary_tensors():
-            image = self.pipeline.vae.decode((z * std + mean).to(self.device, self.vae_dtype())).sample
-        return check_finite(image.to(z), "the decoder's image")
-
-    def latent_statistics(self, like):
-        """What takes the autoencoder's latents to unit variance: (z - mean) / std."""
-        config = self.pipeline.vae.config
-        mean, std = config.get("shift_factor") or 0.0, 1 / config.scaling_factor
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, own = (torch.tensor(config[name]).to(like).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            std = own * std
-        return mean, std
-
-    def vae_dtype(self):
-        return self.pipeline.vae.dtype
-
-    def encode_prompts(self, prompts):
-        """A string or a list of B strings -> context [B, M, width] float32 for `network`; None: for no negative prompt. Where the
-        network takes a pooled embedding too, both travel as one vector, [B, 1, M * width + P]."""
-        prompts = [prompts or ""] if prompts is None or isinstance(prompts, str) else prompts
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompts = {prompts!r}: give a string or a list of at least one string")
-        tokens, pooled = self.embed(list(prompts))
-        return (tokens if pooled is None else torch.cat([tokens.flatten(1), pooled.to(tokens)], 1)[:, None]).float()
 
 
 def unpack(context, width, pooled):
@@ -310,6 +158,9 @@ FAMILIES = {  # pipeline's class: (adapter, the prediction where the configs do 
     "StableDiffusionPipeline": (StableDiffusion, None), "StableDiffusionXLPipeline": (StableDiffusionXL, None),
     "StableDiffusion3Pipeline": (StableDiffusion3, None), "FluxPipeline": (Flux, None),
     "InstaFlowPipeline": (StableDiffusion, REVERSED),
+    **{name: (TextToImage, None) for name in (
+        "SanaPipeline", "PixArtSigmaPipeline", "Lumina2Pipeline", "ChromaPipeline", "QwenImagePipeline", "ZImagePipeline",
+        "Flux2Pipeline", "Flux2KleinPipeline")},
 }  # fmt: skip
 
 
@@ -334,8 +185,9 @@ def from_diffusers(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     variant: str | None = None,
+    vae: torch.nn.Module | None = None,
     **kwargs: Any,
-) -> "PipelineModel":
+) -> PipelineModel:
     """A diffusers pipeline as a model for the sampler: a PipelineModel.
 
     source      a pipeline object, (unet, scheduler) of a pixel model, or a path or hub name for DiffusionPipeline.from_pretrained,
@@ -344,6 +196,8 @@ def from_diffusers(
     prediction  "eps", "v", "x0", "velocity" (eps - x0) or "-velocity" (x0 - eps: InstaFlow loaded as a plain
                 StableDiffusionPipeline) instead of the scheduler's prediction_type
     variant     of the weights, "fp16"; None: the plain ones, or in a folder the only variant there is
+    vae         instead of the pipeline's autoencoder: an AutoencoderTiny, say, whose decoder's gradient is cheap. The pipeline
+                keeps its own, so that two models can share a network: one to guide through, one for the last decoding
     device, dtype   None: where and what the pipeline is; of a path or name "auto" and float32
 
     ValueError, naming it, for a pipeline, scheduler, component or prediction type that is not supported.
@@ -367,6 +221,9 @@ def from_diffusers(
         pipeline = diffusers.DDPMPipeline(*source) if isinstance(source, (tuple, list)) else source
         if device is not None or dtype is not None:
             pipeline.to(*[x for x in (device and resolve_device(device), dtype) if x is not None])
+    if vae is not None:
+        pipeline = copy.copy(pipeline)
+        pipeline.register_modules(vae=vae)
     known = [c.__name__ for c in type(pipeline).__mro__ if c.__name__ in FAMILIES]
     if not known:
         raise ValueError(f"{type(pipeline).__name__} is not supported; known are {', '.join(FAMILIES)}")

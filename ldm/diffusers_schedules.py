@@ -7,7 +7,6 @@ diffusers does with set_alpha_to_one.
 import copy
 
 import diffusers
-import numpy as np
 import torch
 
 from ldm.denoisers import PREDICTIONS
@@ -19,24 +18,32 @@ DIFFUSION_SCHEDULERS = (
     "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler", "DEISMultistepScheduler",
 )  # fmt: skip
+# Of models that were distilled to a few steps: they know only the times that these take.
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
 REVERSED = "-velocity"  # x0 - eps: the sign of InstaFlow and of Liu et al. 2023, against eps - x0 of SD3, Flux and FlowSchedule
 
 
 class PipelineSchedule(DiffusionSchedule):
-    """The betas of a pipeline's scheduler, visited at the times that diffusers' DDIMScheduler takes by its config."""
+    """The betas of a pipeline's scheduler, visited at the times that diffusers' DDIMScheduler takes by its config; with a scheduler
+    of few-step models at that scheduler's own times."""
 
     def __init__(self, scheduler):
         super().__init__(exact_betas(scheduler))
-        spacing = {name: scheduler.config[name] for name in ("timestep_spacing", "steps_offset") if name in scheduler.config}
-        self.ddim = diffusers.DDIMScheduler(len(self), **spacing)
+        if type(scheduler).__name__ in FEW_STEP_SCHEDULERS:
+            self.grid, self.most = copy.deepcopy(scheduler), scheduler.config.original_inference_steps
+            self.resolution = self.most
+        else:
+            spacing = {name: scheduler.config[name] for name in ("timestep_spacing", "steps_offset") if name in scheduler.config}
+            self.grid, self.most = diffusers.DDIMScheduler(len(self), **spacing), len(self)
 
     def levels(self, steps):
         """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
-        if int(steps) != steps or not 1 <= steps <= len(self):
-            raise ValueError(f"steps = {steps}: give an integer from 1 to {len(self)}, the number of training steps")
-        self.ddim.set_timesteps(int(steps))
-        return [self.level(min(t, len(self) - 1)) for t in self.ddim.timesteps.tolist()[:steps]] + [CLEAN]
+        if int(steps) != steps or not 1 <= steps <= self.most:
+            raise ValueError(f"steps = {steps}: give an integer from 1 to {self.most}, the number of training steps")
+        self.grid.set_timesteps(int(steps))
+        return [self.level(min(t, len(self) - 1)) for t in self.grid.timesteps.tolist()[:steps]] + [CLEAN]
 
 
 def exact_betas(scheduler):
@@ -50,22 +57,17 @@ def exact_betas(scheduler):
 
 
 class PipelineFlowSchedule(FlowSchedule):
-    """The flow of a FlowMatchEulerDiscreteScheduler, at the scheduler's own noise levels.
+    """The flow of a scheduler with flow's sigmas, at those that set_timesteps(scheduler, steps) sets it to."""
 
-    mu        of a dynamic shift (Esser et al. 2024), from the number of tokens; None: the scheduler's fixed shift
-    uniform   before the shift, sigma is 1, 1 - 1/steps ... 1/steps (Flux); otherwise what the scheduler itself takes (SD3)
-    """
-
-    def __init__(self, scheduler, mu=None, uniform=True):
-        super().__init__(scheduler.shift, scheduler.config.num_train_timesteps)
-        self.scheduler, self.mu, self.uniform = copy.deepcopy(scheduler), mu, uniform
+    def __init__(self, scheduler, set_timesteps):
+        super().__init__(scale=scheduler.config.num_train_timesteps)
+        self.scheduler, self.set_timesteps = copy.deepcopy(scheduler), set_timesteps
 
     def levels(self, steps):
         """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
         if int(steps) != steps or steps < 1:
             raise ValueError(f"steps = {steps}: give a positive integer")
-        sigmas = np.linspace(1.0, 1 / steps, int(steps)) if self.uniform else None
-        self.scheduler.set_timesteps(int(steps), sigmas=sigmas, mu=self.mu)
+        self.set_timesteps(self.scheduler, int(steps))
         return [self.level(min(self.scale * s, self.scale)) for s in self.scheduler.sigmas.tolist()[:-1]] + [CLEAN]
 
 
@@ -78,20 +80,27 @@ def dynamic_shift(config, tokens):
     return base + (most - base) * (tokens - first) / (last - first)
 
 
-def read_scheduler(scheduler, prediction, tokens, uniform):
+def is_flow(scheduler):
+    """Whether its noise levels are those of a flow, by its class or its config."""
+    flow_sigmas = scheduler.config.get("use_flow_sigmas") and scheduler.config.prediction_type == "flow_prediction"
+    return type(scheduler).__name__ == FLOW_SCHEDULER or bool(flow_sigmas)
+
+
+def read_scheduler(scheduler, prediction, set_timesteps):
     """(schedule, what the network predicts by the names of ldm.denoisers, whether its sign is the reverse).
 
-    prediction  instead of the config's, or None; tokens: of the transformer, which a dynamic shift depends on; uniform: see
-                PipelineFlowSchedule. ValueError, naming it, for what is not supported.
+    prediction     instead of the config's, or None
+    set_timesteps  of a flow, see PipelineFlowSchedule
+
+    ValueError, naming it, for what is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    flow = name == "FlowMatchEulerDiscreteScheduler"
-    if not flow and name not in DIFFUSION_SCHEDULERS:
-        raise ValueError(
-            f"scheduler {name} is not supported; known are FlowMatchEulerDiscreteScheduler, {', '.join(DIFFUSION_SCHEDULERS)}"
-        )
+    if name not in (FLOW_SCHEDULER, *FEW_STEP_SCHEDULERS, *DIFFUSION_SCHEDULERS):
+        known = ", ".join((FLOW_SCHEDULER, *FEW_STEP_SCHEDULERS, *DIFFUSION_SCHEDULERS))
+        raise ValueError(f"scheduler {name} is not supported; known are {known}")
     if prediction is not None and prediction not in (*PREDICTIONS, REVERSED):
         raise ValueError(f"prediction = {prediction!r}: known are {', '.join(map(repr, (*PREDICTIONS, REVERSED)))}")
+    flow = is_flow(scheduler)
     velocity = (prediction or "velocity" if flow else prediction) in ("velocity", REVERSED)
     if flow:
         if not velocity:
@@ -99,7 +108,7 @@ def read_scheduler(scheduler, prediction, tokens, uniform):
         for option in ("invert_sigmas", "stochastic_sampling"):
             if config.get(option):
                 raise ValueError(f"{option} = {config[option]!r} in the config of {name} is not supported")
-        return PipelineFlowSchedule(scheduler, dynamic_shift(config, tokens), uniform), "velocity", prediction == REVERSED
+        return PipelineFlowSchedule(scheduler, set_timesteps), "velocity", prediction == REVERSED
     if velocity:  # a rectified flow made of a diffusion model, whose scheduler is a relic
         return FlowSchedule(scale=config.num_train_timesteps), "velocity", prediction == REVERSED
     if prediction is None and config.prediction_type not in PREDICTION_TYPES:

@@ -145,7 +145,9 @@ def kind_of(model) -> str:
 
         if isinstance(model, families.Pixels):
             return "mnist" if model.channels == 1 else "pixels"
-        classes = {families.StableDiffusionXL: "sdxl", families.StableDiffusion3: "sd3", families.Flux: "flux"}
+        guided = "flux" if type(model.pipeline).__name__ == "Flux2Pipeline" else "sd3"  # by its input, or by us
+        classes = {families.StableDiffusionXL: "sdxl", families.StableDiffusion3: "sd3", families.Flux: "flux",
+                   families.TextToImage: guided}  # fmt: skip
         if size >= SMALL and type(model) in classes:
             return classes[type(model)]
         width = 0 if type(model) in classes else model.net.config.cross_attention_dim

@@ -33,8 +33,11 @@ EXTRAS = {
     "show": "notebooks",
     "evaluate": "compare",
     "comparison": "compare",
+    "diffusers_autoencoders": "diffusers",
     "diffusers_models": "diffusers",
+    "diffusers_pipeline": "diffusers",
     "diffusers_schedules": "diffusers",
+    "diffusers_text_to_image": "diffusers",
     "export_diffusers": "diffusers",
     "newton_pipeline": "diffusers",
 }
