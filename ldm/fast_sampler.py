@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from ldm.constraints import Constraint, as_constraint
 from ldm.linalg import gcr, max_norm, shortened
+from ldm.particles import particle_levels, particle_sampler
 from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, jvp
 from ldm.schedules import Level, Schedule
 
@@ -51,13 +52,15 @@ def fast_sampler(
     constraint: Constraint | None,
     shape: Sequence[int],                # [B, C, H, W] of x_t
     seeds: Sequence[int] | None = None,  # one integer per sample
-    steps: int = 24,                     # diffusion steps
+    steps: int | None = None,            # diffusion steps; None: 24, or as many as `evaluations` allows
     vectors: int = 1,                    # products with J at each of them, where J is used
     strength: float | None = None,       # of the push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
     late: float = 0.3,                   # J is left out where sigma_t / alpha_t is below this, and in the last step
     sigma_y: float = 0.0,                # standard deviation of the measurement's noise
     eta: float | str = 0.5,              # noise of the DDIM step where J is used: 0 none, 1 ancestral
     fresh: float = 0.85,                 # part of x_s's noise that is drawn anew where J is left out
+    particles: int = 1,                  # samples in a row that are of one problem and share their weights, see ldm/particles.py
+    evaluations: int | None = None,      # of D per sample, at most: chooses `steps` for either form
     **common: Unpack[Products],          # levels (default: log-spaced), noise, start, device, dtype, h, mode
 ) -> States:  # fmt: skip
     """One correction per diffusion step, as a generator of `State` with the contract of `newton_sampler`:
@@ -68,17 +71,32 @@ def fast_sampler(
     1 + vectors evaluations of D at each step, and one where J is left out (sigma_t / alpha_t < late). notebooks/fast_sampler.md
     explains the steps and the defaults.
 
+    particles = P > 1 is the form that comes closer to the posterior the more steps and particles there are: each P samples in a row
+    (of one y) are steered by weights that they share, 1 + vectors evaluations at every step. P = 16 and 50 evaluations go a long
+    way. strength, late, eta and fresh belong to the form without particles: one sample per problem, made for few evaluations.
+
     A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along
     w = V e that of A w; sigma_y must be 0 then. The noise of a soft mask (ldm/operators.py) adds to sigma_y. `constraint=None`
     samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and FloatingPointError at the end if
     an x0 was not finite: nothing waits for a tensor's values before.
     """
+    if steps is not None and evaluations is not None:
+        raise ValueError(f"steps = {steps} and evaluations = {evaluations}: give one of them")
+    if steps is None:
+        steps = 24 if evaluations is None else steps_for(evaluations, D.schedule, vectors, late, particles)
     strength = min(2.3, 55 / steps) if strength is None else strength
     settings = Settings(vectors, strength, late, sigma_y, eta, fresh, common.pop("h", None), common.pop("mode", None))
     constraint = as_constraint(constraint)
     _check(settings, constraint)
-    run = begin(D, shape, seeds, lambda: D.schedule.log_levels(steps), **common)  # type: ignore[misc]
-    return _fast_sampler(run, constraint, settings)
+    if int(particles) != particles or particles < 1 or shape[0] % particles:
+        raise ValueError(f"particles = {particles}: give an integer >= 1 that divides the batch of {shape[0]} samples")
+    if constraint is None or particles == 1:
+        run = begin(D, shape, seeds, lambda: D.schedule.log_levels(steps), **common)  # type: ignore[misc]
+        return _fast_sampler(run, constraint, settings)
+    if constraint.linearised is None:
+        raise ValueError(f"particles = {particles}: this constraint has no A to weigh them with, give 1")
+    run = begin(D, shape, seeds, lambda: particle_levels(D.schedule, steps), **common)  # type: ignore[misc]
+    return particle_sampler(run, constraint, particles, vectors, sigma_y, settings.h, settings.mode)
 
 
 @torch.inference_mode()
@@ -185,10 +203,12 @@ def uses_J(now: Level, to: Level, late: float) -> bool:
     return to.sigma > 0 and now.sigma >= late * now.alpha
 
 
-def steps_for(evaluations: int, schedule: Schedule, vectors: int = 1, late: float = 0.3) -> int:
+def steps_for(evaluations: int, schedule: Schedule, vectors: int = 1, late: float = 0.3, particles: int = 1) -> int:
     """The most diffusion steps, at most 200, that `fast_sampler` takes with so many evaluations of D. ValueError if none."""
 
     def cost(steps):
+        if particles > 1:
+            return (1 + vectors) * (len(particle_levels(schedule, steps)) - 1)
         return steps + vectors * sum(uses_J(now, to, late) for now, to in pairwise(schedule.log_levels(steps)))
 
     if cost(3) > evaluations:

@@ -1,0 +1,118 @@
+"""Twisted particles: groups of samples of one problem that share their weights; forward passes of D only.
+
+After Wu et al., "Practical and asymptotically exact conditional sampling in diffusion models" (NeurIPS 2023), whose twisting
+function takes a gradient through D. Here it is the Gaussian of `fast_sampler`, made of products with J: with V = gamma J,
+
+    p(y | x_t) ~ N(y; A D(x_t, t), C),   C = sigma_y^2 I + A V A^T                                                       (1)
+
+Proposals are ancestral steps from x0 + d, d = V A^T C^-1 r, and log weights grow by
+
+    log N(x_s; step from x0) - log N(x_s; step from x0 + d) + log p(y | x_s) - log p(y | x_t)
+
+Where C is exact, and for many particles and small steps, the samples are the posterior's, whatever its shape.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ldm.linalg import dot, gcr, norm, shortened
+from ldm.sampling import Run, State, check_finite, jvp
+from ldm.schedules import Level, Schedule
+
+TRUST, INNER = 1.0, 10  # largest |d|_inf of a step where A changes with x0; vectors that meet y in the end
+
+
+def particle_levels(schedule: Schedule, steps: int) -> list[Level]:
+    """The noise levels of a run: those of `fast_sampler`, down to less noise, since J is used to the end."""
+    return schedule.log_levels(steps, last=0.02)
+
+
+@torch.inference_mode()
+def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y: float, h=None, mode=None):
+    """The generator behind `fast_sampler(..., particles=P)`, P > 1."""
+    D, levels, noise, x_t = run
+    log_w, ratio, before = x_t.new_zeros(len(x_t)), 0.0, 0.0
+    for i, (now, to) in enumerate(pairwise(levels), start=1):
+        x0 = D(x_t, now.t)
+        V = lambda v: now.sigma**2 / max(now.alpha, 1e-3) * jvp(D, x_t, now.t, v, x0, h, mode)  # noqa: B023, E731
+        d, log_p = twist(*constraint.linearised(x0), V, vectors, sigma_y)
+        d = d if constraint.linear else shortened(d, TRUST)
+        log_w, before = log_w + ratio + log_p - before, log_p
+        chosen, log_w = resampled(log_w.view(-1, particles), noise(), last=to.sigma == 0)
+        x_t, x0, d, before = x_t[chosen], x0[chosen], d[chosen], before[chosen]
+        if to.sigma == 0:
+            check_finite(x0 + d, now.t)
+            x0, d = (met(constraint, x0 + d), 0.0) if sigma_y == 0 and constraint.linear else (x0, d)
+            x_t = x0 + d
+        else:
+            n, z = D.schedule.added_noise(now, to, 1.0), noise()
+            shift = (to.alpha - (to.sigma**2 - n**2) ** 0.5 * now.alpha / now.sigma) * d / n  # of the mean, in units of n
+            ratio = -(dot(shift, z) + 0.5 * dot(shift, shift)).flatten()
+            x_t = D.schedule.step(x_t, x0, now, to, 1.0, lambda: z + shift)  # noqa: B023
+        sent = yield State(i, now.t, x_t, x0 + d, constraint.residual(x0 + d), D.calls)
+        x_t = x_t if sent is None else sent
+
+
+def twist(A, r: Tensor, V, vectors: int, sigma_y: float) -> tuple[Tensor, Tensor]:
+    """d [B, ...] = V A^T C^-1 r, and log p(y | x_t) of (1) up to a constant, [B].
+
+    C is taken on a basis of y's space: the whole of it if it has no more than `vectors` dimensions,
+    else the Krylov space of r. J of a trained D is not symmetric: its symmetric part counts, and no variance below zero.
+    """
+    m = r[0].numel()
+    whole = torch.eye(m, dtype=r.dtype, device=r.device).view(m, 1, *r.shape[1:]) if m <= vectors else None
+    Q, W, M = [], [], []  # orthonormal vectors, V A^T of them, A V A^T of them
+    u = r
+    for k in range(min(m, vectors)):
+        if whole is None:
+            for _ in range(2):
+                for q in Q:
+                    u = u - dot(q, u) * q
+            length = norm(u)
+            u = torch.where(length > 0, u / length.clamp_min(1e-30), 0.0)
+        else:
+            u = whole[k].expand_as(r)
+        Q.append(u)
+        W.append(V(A.adjoint(u)))
+        u = A(W[-1])
+        M.append(u)
+    if not Q:  # nothing is measured
+        return torch.zeros_like(A.adjoint(r)), r.new_zeros(len(r))
+    Q, M = (torch.stack([v.flatten(1) for v in vs], 1) for vs in (Q, M))  # [B, K, m]
+    C = Q @ M.mT
+    values, basis = torch.linalg.eigh((C + C.mT) / 2)
+    values = values.clamp_min(1e-6 * values.abs().amax(1, keepdim=True).clamp_min(1e-12)) + sigma_y**2
+    c = (basis.mT @ (Q @ r.flatten(1)[..., None]))[..., 0]  # r in the basis of C
+    coefficients = (basis @ (c / values)[..., None])[..., 0]  # [B, K]
+    d = sum(a.view(-1, *[1] * (w.ndim - 1)) * w for a, w in zip(coefficients.unbind(1), W, strict=True))
+    return d, -0.5 * (c.square() / values + values.log()).sum(1)
+
+
+def met(constraint, x0: Tensor) -> Tensor:
+    """x0 with the rest of a noise-free y put in, the shortest way: exact for masks, to rounding for down-sampling."""
+    A, r = constraint.linearised(x0)
+
+    def product(u):
+        w = A.adjoint(u)
+        return w, A(w)
+
+    return x0 + gcr(r, product, INNER)[0]
+
+
+def resampled(log_w: Tensor, noise: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    """Log weights [N, P] of N problems, and normal noise [N P, ...] -> (chosen [N P], log weights [N P]) after resampling.
+
+    Systematic, in the problems whose effective number of particles has fallen below P / 2; last: always, each particle by itself.
+    """
+    N, P = log_w.shape
+    w = (log_w - log_w.amax(1, keepdim=True)).exp()
+    w = w / w.sum(1, keepdim=True)
+    u = torch.special.ndtr(noise.flatten(1)[:, 0].double()).view(N, P)  # uniform, one number of each particle's own noise
+    at = u if last else (u[:, :1] + torch.arange(P, device=u.device)) / P
+    found = torch.searchsorted(w.double().cumsum(1), at).clamp_max(P - 1)
+    own = torch.arange(P, device=w.device).expand(N, P)
+    low = (w.square().sum(1, keepdim=True) > 2 / P) | last
+    chosen = torch.where(low, found, own) + P * torch.arange(N, device=w.device)[:, None]
+    return chosen.flatten(), torch.where(low, 0.0, log_w).flatten()
