@@ -12,12 +12,13 @@ Proposals are ancestral steps from x0 + d, d = V A^T C^-1 r, and log weights gro
 Where C is exact, and for many particles and small steps, the samples are the posterior's, whatever its shape.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ldm.linalg import dot, gcr, norm, shortened
+from ldm.linalg import dot, gcr, norm, ratio, shortened
 from ldm.sampling import Run, State, check_finite, jvp
 from ldm.schedules import Level, Schedule
 
@@ -33,60 +34,60 @@ def particle_levels(schedule: Schedule, steps: int) -> list[Level]:
 def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y: float, h=None, mode=None):
     """The generator behind `fast_sampler(..., particles=P)`, P > 1."""
     D, levels, noise, x_t = run
-    log_w, ratio, before = x_t.new_zeros(len(x_t)), 0.0, 0.0
+    log_w = growth = before = x_t.new_zeros(len(x_t))
     for i, (now, to) in enumerate(pairwise(levels), start=1):
         x0 = D(x_t, now.t)
         V = lambda v: now.sigma**2 / max(now.alpha, 1e-3) * jvp(D, x_t, now.t, v, x0, h, mode)  # noqa: B023, E731
-        d, log_p = twist(*constraint.linearised(x0), V, vectors, sigma_y)
+        A, r = constraint.linearised(x0)
+        d, log_p = twist(A, r, V, vectors, sigma_y)
         d = d if constraint.linear else shortened(d, TRUST)
-        log_w, before = log_w + ratio + log_p - before, log_p
+        log_w, before = log_w + growth + log_p - before, log_p
         chosen, log_w = resampled(log_w.view(-1, particles), noise(), last=to.sigma == 0)
         x_t, x0, d, before = x_t[chosen], x0[chosen], d[chosen], before[chosen]
         if to.sigma == 0:
             check_finite(x0 + d, now.t)
-            x0, d = (met(constraint, x0 + d), 0.0) if sigma_y == 0 and constraint.linear else (x0, d)
-            x_t = x0 + d
+            exact = constraint.linear and sigma_y == 0 and not constraint.noisy
+            x_t = met(constraint, x0 + d) if exact else x0 + d
+            d = x_t - x0
         else:
             n, z = D.schedule.added_noise(now, to, 1.0), noise()
             shift = (to.alpha - (to.sigma**2 - n**2) ** 0.5 * now.alpha / now.sigma) * d / n  # of the mean, in units of n
-            ratio = -(dot(shift, z) + 0.5 * dot(shift, shift)).flatten()
+            growth = -(dot(shift, z) + 0.5 * dot(shift, shift)).flatten()
             x_t = D.schedule.step(x_t, x0, now, to, 1.0, lambda: z + shift)  # noqa: B023
         sent = yield State(i, now.t, x_t, x0 + d, constraint.residual(x0 + d), D.calls)
         x_t = x_t if sent is None else sent
 
 
-def twist(A, r: Tensor, V, vectors: int, sigma_y: float) -> tuple[Tensor, Tensor]:
+def twist(A, r: Tensor, V: Callable[[Tensor], Tensor], vectors: int, sigma_y: float) -> tuple[Tensor, Tensor]:
     """d [B, ...] = V A^T C^-1 r, and log p(y | x_t) of (1) up to a constant, [B].
 
-    C is taken on a basis of y's space: the whole of it if it has no more than `vectors` dimensions,
-    else the Krylov space of r. J of a trained D is not symmetric: its symmetric part counts, and no variance below zero.
+    C is taken on a basis of y's space: the whole of it if it has no more than `vectors` dimensions, else the Krylov space of r. J
+    of a trained D is not symmetric: the symmetric part of A V A^T counts, and no variance below that of the noise.
     """
-    m = r[0].numel()
-    whole = torch.eye(m, dtype=r.dtype, device=r.device).view(m, 1, *r.shape[1:]) if m <= vectors else None
-    Q, W, M = [], [], []  # orthonormal vectors, V A^T of them, A V A^T of them
-    u = r
-    for k in range(min(m, vectors)):
-        if whole is None:
-            for _ in range(2):
-                for q in Q:
-                    u = u - dot(q, u) * q
-            length = norm(u)
-            u = torch.where(length > 0, u / length.clamp_min(1e-30), 0.0)
-        else:
-            u = whole[k].expand_as(r)
-        Q.append(u)
-        W.append(V(A.adjoint(u)))
-        u = A(W[-1])
-        M.append(u)
-    if not Q:  # nothing is measured
+    m, u = r[0].numel(), r
+    if m == 0:  # nothing is measured
         return torch.zeros_like(A.adjoint(r)), r.new_zeros(len(r))
-    Q, M = (torch.stack([v.flatten(1) for v in vs], 1) for vs in (Q, M))  # [B, K, m]
-    C = Q @ M.mT
-    values, basis = torch.linalg.eigh((C + C.mT) / 2)
-    values = values.clamp_min(1e-6 * values.abs().amax(1, keepdim=True).clamp_min(1e-12)) + sigma_y**2
-    c = (basis.mT @ (Q @ r.flatten(1)[..., None]))[..., 0]  # r in the basis of C
-    coefficients = (basis @ (c / values)[..., None])[..., 0]  # [B, K]
-    d = sum(a.view(-1, *[1] * (w.ndim - 1)) * w for a, w in zip(coefficients.unbind(1), W, strict=True))
+    basis: list[Tensor] = []  # u_1, u_2 ...
+    moves: list[Tensor] = []  # V A^T u of them
+    products: list[Tensor] = []  # C u of them
+    for k in range(min(m, vectors)):
+        if m <= vectors:
+            u = torch.eye(m, dtype=r.dtype, device=r.device)[k].view(1, *r.shape[1:]).expand_as(r)
+        else:
+            for old in basis * 2:  # the second time removes what rounding left of the first
+                u = u - dot(old, u) * old
+            u = ratio(u, norm(u))
+        basis.append(u)
+        moves.append(V(A.adjoint(u)))
+        products.append(A(moves[-1]) + (sigma_y**2 + A.variance) * u)
+        u = products[-1]
+    Q, CQ = (torch.stack([v.flatten(1) for v in vs], 1) for vs in (basis, products))  # [B, K, m]
+    C = Q @ CQ.mT
+    values, rotation = torch.linalg.eigh((C + C.mT) / 2)
+    values = values.maximum((1e-6 * values.abs().amax(1, keepdim=True)).clamp_min(max(1e-18, sigma_y**2)))
+    c = (rotation.mT @ (Q @ r.flatten(1)[..., None]))[..., 0]  # r in C's own basis
+    weights = (rotation @ (c / values)[..., None])[..., 0]  # [B, K]
+    d = torch.stack([w.view(-1, *[1] * (v.ndim - 1)) * v for w, v in zip(weights.unbind(1), moves, strict=True)]).sum(0)
     return d, -0.5 * (c.square() / values + values.log()).sum(1)
 
 

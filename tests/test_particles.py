@@ -6,7 +6,7 @@ from common import smooth_gaussian
 from test_fast_sampler import OPERATORS, matrix
 from test_newton_sampler import draw, half_mask, known
 
-from ldm.constraints import DecodedConstraint, FunctionConstraint, LinearConstraint
+from ldm.constraints import DecodedConstraint, FunctionConstraint, LinearConstraint, inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.mixture import Mixture, sliced_wasserstein
 from ldm.newton_sampler import sample
@@ -166,3 +166,12 @@ def test_a_constraint_without_A_is_refused(gaussian):
 def test_masks_of_other_shapes_still_name_themselves(gaussian):
     with pytest.raises(ValueError, match="mask has shape"):
         run(gaussian, LinearConstraint(Mask(torch.ones(3, 1, 8, 8)), torch.zeros(SHAPE)), particles=4)
+
+
+def test_a_soft_mask_of_one_weight_is_a_noise_level(gaussian):
+    """Weight w: noise of the standard deviation sqrt((1 - w) / w) on every pixel that is kept."""
+    images, mask, w = draw(gaussian, 2).clamp(-1, 1).repeat_interleave(4, 0).double(), half_mask(), 0.8
+    settings = dict(steps=6, particles=4, dtype=torch.float64)
+    soft = run(gaussian, inpainting(images, w * mask, soft=True), **settings).x_t
+    hard = run(gaussian, known(images, mask), **settings, sigma_y=((1 - w) / w) ** 0.5).x_t
+    assert (soft - hard).abs().max() < 1e-4
