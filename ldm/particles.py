@@ -9,7 +9,9 @@ Proposals are ancestral steps from x0 + d, d = V A^T C^-1 r, and log weights gro
 
     log N(x_s; step from x0) - log N(x_s; step from x0 + d) + log p(y | x_s) - log p(y | x_t)
 
-Where C is exact, and for many particles and small steps, the samples are the posterior's, whatever its shape.
+Where C is exact, and for many particles and small steps, the samples are the posterior's, whatever its shape. With K vectors of
+m > K measured values it is not: log weights would be off by a sum of m squares, whose deviation grows as sqrt(m), and all particles
+of an image would soon descend from one. They count by sqrt(K / m) then, which keeps that deviation as that of K values.
 """
 
 from collections.abc import Callable
@@ -41,7 +43,8 @@ def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y
         A, r = constraint.linearised(x0)
         d, log_p = twist(A, r, V, vectors, sigma_y)
         d = d if constraint.linear else shortened(d, TRUST)
-        log_w, before = log_w + growth + log_p - before, log_p
+        measured = (r != 0).flatten(1).sum(1).clamp_min(1)
+        log_w, before = log_w + (vectors / measured).clamp_max(1).sqrt() * (growth + log_p - before), log_p
         chosen, log_w = resampled(log_w.view(-1, particles), noise(), last=to.sigma == 0)
         x_t, x0, d, before = x_t[chosen], x0[chosen], d[chosen], before[chosen]
         if to.sigma == 0:

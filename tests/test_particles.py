@@ -175,3 +175,14 @@ def test_a_soft_mask_of_one_weight_is_a_noise_level(gaussian):
     soft = run(gaussian, inpainting(images, w * mask, soft=True), **settings).x_t
     hard = run(gaussian, known(images, mask), **settings, sigma_y=((1 - w) / w) ** 0.5).x_t
     assert (soft - hard).abs().max() < 1e-4
+
+
+def test_images_keep_different_ancestors(gaussian, monkeypatch):
+    """32 measured values and one vector: at full weight the 16 particles of a problem end as nearly one image. The posterior's own
+    deviation is that of the form without particles, to a half."""
+    images = draw(gaussian, 2).repeat_interleave(16, 0)
+    unknown = half_mask() == 0
+    spread = lambda x: x.view(2, 16, 1, 8, 8).std(1)[:, unknown[0]].mean()  # noqa: E731
+    settings = dict(shape=(32, 1, 8, 8), evaluations=44)
+    alone = spread(run(gaussian, known(images, half_mask()), **settings).x_t)
+    assert spread(run(gaussian, known(images, half_mask()), **settings, particles=16).x_t) > 0.5 * alone
