@@ -30,12 +30,12 @@ def task(name, images):
 
 @pytest.mark.parametrize("name", ["half", "hole", "super-resolution"])
 def test_the_paper_s_loop_meets_the_constraint(D, name):
-    """220 evaluations: the residual ends below 8 % of where it starts (3.9, 5.9 and 5.1 % were measured: the fixed length of the
+    """220 evaluations: the residual ends below 8 % of where it starts (3.1, 6.6 and 4.3 % were measured: the fixed length of the
     steps, not their direction, keeps it from falling further)."""
-    images, _ = sample_digits(range(10), each=1)
+    images, _ = sample_digits(range(5), each=1)
     constraint = task(name, images)
-    start = constraint(D(seeded_noise(images.shape, range(10))(), 999))[1].mean()
-    state = sample(D, constraint, images.shape, range(10), lr=0.1)
+    start = constraint(D(seeded_noise(images.shape, range(5))(), 999))[1].mean()
+    state = sample(D, constraint, images.shape, range(5), lr=0.1)
     assert state.nfe == 220 and state.residual.mean() < 0.08 * start
 
 

@@ -26,6 +26,18 @@ from ldm.weights import save_weights
 
 NOTEBOOKS = sorted(p for folder in ("mnist", "stable-diffusion", "notebooks") for p in (ROOT / folder).glob("*.ipynb"))
 IDS = [str(p.relative_to(ROOT)) for p in NOTEBOOKS]
+# What makes the run in every test short, where the defaults take more than half a minute of one core: fewer samples, times and
+# Arnoldi steps; all diffusion steps where evaluations are counted. The defaults run by `pytest -m slow`, those of `inpaint` always.
+SHORTER = {
+    "compare_methods": dict(digits=[2], tasks=["half", "sr4"]),
+    "diffusers_inpaint": dict(seeds=[0, 1]),
+    "jacobian_analysis": dict(times=[700, 300], krylov=8, factors=[0.5, 3.0]),
+    "jacobian_exact_vs_gd": dict(times=[300], seeds=[0, 1]),
+    "rectified_flow": dict(seeds=[0], steps=10),
+    "style": dict(prompts=["red apple", "rocket"]),
+    "superres": dict(seeds=[0, 1]),
+    "superres_vae_newton": dict(seeds=[0], compare=False),
+}
 EVALUATIONS = {"inpaint": 220, "style": 220, "superres": 420, "superres_vae_newton": 420}  # of the network, as in the paper
 
 
@@ -56,17 +68,28 @@ def run_cells(path, twice=False, **parameters):
     return namespace
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
-def test_runs_with_default_parameters(path, tmp_path, monkeypatch):
+def runs(path, folder, monkeypatch, **parameters):
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setitem(os.environ, "PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    papermill.execute_notebook(path, tmp_path / path.name, parameters={"out": str(tmp_path)}, cwd=path.parent, progress_bar=False)
-    written = {p.suffix for p in tmp_path.iterdir()}
+    parameters |= {"out": str(folder)}
+    papermill.execute_notebook(path, folder / path.name, parameters=parameters, cwd=path.parent, progress_bar=False)
+    written = {p.suffix for p in folder.iterdir()}
     assert {".png", ".txt"} <= written
     if "sampling-loop" in path.read_text():
         assert ".gif" in written
     if path.stem in EVALUATIONS:
-        assert f"NFE {EVALUATIONS[path.stem]} " in (tmp_path / "summary.txt").read_text()
+        assert f"NFE {EVALUATIONS[path.stem]} " in (folder / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_runs(path, tmp_path, monkeypatch):
+    runs(path, tmp_path, monkeypatch, **SHORTER.get(path.stem, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem in SHORTER], ids=lambda p: p.stem)
+def test_runs_with_default_parameters(path, tmp_path, monkeypatch):
+    runs(path, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name, parameters, prompts, seeds, lr", [
@@ -74,7 +97,7 @@ def test_runs_with_default_parameters(path, tmp_path, monkeypatch):
     ("inpaint", dict(image="photo.png", prompts=["a", "b", "c"]), ["a", "b", "c"], [0, 1, 2], (0.5, 0.1)),
     ("superres", dict(prompts="a cat", seeds="7, 9", lr="0.2, 0.1", factor=3, sigma_y=0.1), ["a cat"] * 2, [7, 9], (0.2, 0.1)),
     ("superres", dict(low_res="thumb.png"), [""] * 4, [0, 1, 2, 3], 0.1),
-    ("superres_vae_newton", dict(image="photo.png", seeds="[7, 8]", compare="no"), ["", ""], [7, 8], 0.1),
+    ("superres_vae_newton", dict(image="photo.png", seeds="[7, 8]", compare="yes"), ["", ""], [7, 8], 0.1),
     ("style", dict(prompts="a cat", seeds=7, reference="photo.png"), ["a cat"] * 4, [7, 8, 9, 10], (0.1, 0.03)),
 ])  # fmt: skip
 def test_cells_run_again_with_parameters_of_the_command_line(name, parameters, prompts, seeds, lr, tmp_path, monkeypatch):
