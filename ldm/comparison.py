@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
 from ldm.constraints import DecodedConstraint, latent_inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
-from ldm.metrics import bootstrap, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
+from ldm.metrics import bootstrap, frechet_distance, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
 from ldm.newton_sampler import PAPER, newton_sampler
 from ldm.nonlinear import measurement
 from ldm.operators import Mask, measure
@@ -248,14 +248,21 @@ def unconstrained(D, constraint, **settings):
 def intervals(values, reference):
     """Mean and 95 % percentile bootstrap interval over the images of each measure: {name, name_low, name_high}.
 
-    values: {measure: [N]} and features [N, d]; reference: features [M, d] of true images, for KID.
+    values: {measure: [N]} and features [N, d]; reference: features [M, d] of true images, for KID. Where values has `inception`
+    and `inception_reference`, features too, FID (without interval) and another KID are measured in them.
     """
     draws, row = bootstrap(len(values["residual"])), {}
     for name in PER_IMAGE:
         v = values[name].double()
         row |= _interval(name, v.mean().item(), v[draws].mean(1))
     parts = kernel_parts(values["features"], reference)
-    return row | _interval("kid", kid(parts), torch.tensor([kid(parts, i) for i in draws[:200]]))
+    row |= _interval("kid", kid(parts), torch.tensor([kid(parts, i) for i in draws[:200]]))
+    if "inception" in values:
+        features = [values[name] for name in ("inception", "inception_reference")]
+        parts = kernel_parts(*features)
+        row |= _interval("kid_inception", kid(parts), torch.tensor([kid(parts, i) for i in draws[:200]]))
+        row["fid"] = frechet_distance(*features)
+    return row
 
 
 def _interval(name, mean, samples):

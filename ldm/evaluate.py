@@ -2,6 +2,7 @@
 
     python -m ldm.evaluate data=/folder [model=sd-v1-4.ckpt] [task=half] [method=newton] [key=value ...]
     python -m ldm.evaluate --preset daps data=/folder [--quick] [key=value ...]      a whole table, of configs/evaluate
+    python -m ldm.evaluate data=/folder lr=[.05,.1,.2] guidance=[1,3]                a row for each combination
 
 Every image is read before the first is sampled. Image i, by name, has the seed i. Each block's measures and images are written to
 OUT/MODEL-TASK-METHOD-BUDGET/ as soon as they are there, and the same command goes on after an interruption: a block stays valid as
@@ -9,31 +10,35 @@ long as the content of its images, the weights and the settings that count are t
 written, with the columns of benchmarks/compare.py, and OUT/evaluate.md shows all rows. To measure a row anew, delete its folder.
 
 KID is measured in AlexNet's last convolution, to the folder's own images. LPIPS and KID need AlexNet's weights (make data-lpips),
-and are left out without them. With several nodes OUT has to be on all of them.
+and are left out without them; FID and the usual KID need those of Inception v3 (inception=FILE). Nothing is fetched. Runs of more
+than a minute begin with the seconds and GiB that they will take. With several nodes OUT has to be on all of them.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoints import load_model, locate, read_config
 from ldm.commands import option, options_help, read_options
 from ldm.comparison import LABELS, METHODS, Task, intervals, large, run_best, step_memory, unconstrained
+from ldm.data.captions import find_captions
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import EXTENSIONS, load_image, save_image
-from ldm.metrics import alexnet_features, lpips_weights
+from ldm.memory import expected_peak
+from ldm.metrics import alexnet_features, inception_features, lpips_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.presets import preset_words, presets, sweep
 from ldm.problems import PROBLEMS, label, problem
 from ldm.table import KEY, markdown, put_row, read_rows
-from ldm.util import ROOT, atomic_write, resolve_path
+from ldm.util import atomic_write, resolve_path
 
 PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
 FEATURES = "the means of AlexNet's last convolution, to the images themselves"
@@ -52,7 +57,14 @@ class Settings:
     budget: int = option(220, "network evaluations, a backward pass is one more; the paper's: 220 with newton", least=20)
     runs: int = option(1, "samples per image, of which the one that fits the measurement best counts", least=1)
     prompt: str = option("", "of all images; with a class-conditional model the number of the class")
+    captions: str = option(
+        "no", "yes: each image's own prompt, in image.txt or a captions.csv of lines file,caption", ("no", "yes")
+    )
     guidance: float = option(1.0, "classifier-free guidance scale of the prompt; 1: none")
+    lr: float | None = option(None, "step length of newton and gradient, instead of the paper's")
+    steps: int | None = option(None, "diffusion steps, instead of those that follow from the budget", least=1)
+    newton_steps: int | None = option(None, "inner steps of newton, likewise", least=0)
+    inception: Path | None = option(None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID")
     precision: str = option("32", "of the weights: 32, 16 or bf16", choices=PRECISIONS)
     limit: int | None = option(None, "only the first so many images by name", least=2)
     on_error: str = option("stop", "of an image that cannot be read: stop before the first sample, or skip it", ("stop", "skip"))
@@ -64,18 +76,24 @@ class Settings:
 
     def that_count(self):
         """Those that change a sample, besides the images and the weights."""
-        names = ("task", "method", "budget", "runs", "prompt", "guidance", "precision", "prediction")
+        names = ("task", "method", "budget", "runs", "prompt", "guidance", "precision", "prediction", "lr", "steps", "newton_steps")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def own(self):
+        """The sampler's settings that take the place of the method's."""
+        return {name: value for name in ("lr", "steps", "newton_steps") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Input:
-    """An image of the folder: its place among all of them by name, path, sha256 of the file, and the name of its result."""
+    """An image of the folder: its place among all of them by name, path, sha256 of the file, name of its result, and prompt."""
 
     number: int
     path: Path
     sha256: str
     result: str
+    prompt: str
 
 
 class Blocks(Dataset):
@@ -114,27 +132,60 @@ class Evaluation(pl.LightningModule):
             raise ValueError(
                 f"method = {method.name} does not apply to task = {task.name} with this model: it takes {method.takes[0]}"
             )
-        return chosen
+        sampler, settings = chosen
+        for name, value in self.settings.own.items():
+            if name not in settings:
+                raise ValueError(f"{name} = {value}: method = {method.name} has {', '.join(settings)}")
+        return sampler, settings | self.settings.own
+
+    def denoiser(self, inputs):
+        """D with the prompts of these inputs."""
+        model, prompts = self.model, [one.prompt for one in inputs]
+        if not model.conditional:
+            return Denoiser(model.network, model.schedule, model.parameterization)
+        return LatentDenoiser(model, prompts if len(set(prompts)) > 1 else prompts[0], self.settings.guidance)
 
     def check(self):
         """What predict_step would find out, before it: ValueError for a task or method that does not fit."""
         _, settings = self.chosen(self.task(torch.zeros(1, self.image_channels, self.size, self.size), [0], self.model))
         self.model.schedule.levels(settings["steps"])
+        if self.settings.captions == "yes" and not self.model.conditional:
+            raise ValueError(f"captions = yes: model = {self.settings.model} takes no prompts")
+        if self.settings.inception:
+            inception_features(torch.zeros(1, 3, 64, 64), self.settings.inception)
+
+    def on_predict_start(self):
+        """Says what is to come, if it is more than a minute: by one timed evaluation, and the same code on tensors without data."""
+        inputs, shape = self.blocks[0], (len(self.blocks[0]), *self.shape)
+        images = torch.zeros(len(inputs), self.image_channels, self.size, self.size, device=self.device)
+        task = self.task(images, [one.number for one in inputs], D := self.denoiser(inputs))
+        x_t, t = torch.zeros(shape, device=self.device), D.schedule.levels(20)[10].t
+        for _ in range(2):  # the first may compile
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                D(x_t, t).sum().item()
+        turns = -(-len(self.blocks) // self.trainer.world_size)
+        seconds = (time.perf_counter() - begin) * self.settings.budget * self.settings.runs * turns
+        if seconds > 60:
+            peak = expected_peak(D, task.constraint(), shape, self.model)
+            self.print(f"about {seconds:,.0f} s on {self.trainer.world_size} device(s) and {peak:.1f} GiB on each, not counted the "
+                       "decoder's time and the graphs of methods that back-propagate")  # fmt: skip
 
     def predict_step(self, block, _):
         i, images = block
-        inputs, model, prompt = self.blocks[i], self.model, self.settings.prompt
-        D = LatentDenoiser(model, prompt, self.settings.guidance) if model.conditional else Denoiser(
-            model.network, model.schedule, model.parameterization)  # fmt: skip
-        task = self.task(images, [one.number for one in inputs], D)
+        inputs, numbers = self.blocks[i], [one.number for one in self.blocks[i]]
+        task = self.task(images, numbers, self.denoiser(inputs))
         chosen = self.chosen(task)
         x, costs = run_best(task, *chosen, len(images), self.device, self.settings.runs)
         if inputs[0].number == self.first:
-            costs |= dict(memory=step_memory(task, *chosen, self.device),
-                          memory_plain=step_memory(task, unconstrained, dict(newton_steps=0), self.device))  # fmt: skip
+            few = self.task(images[:8], numbers[:8], self.denoiser(inputs[:8]))
+            costs |= dict(memory=step_memory(few, *chosen, self.device),
+                          memory_plain=step_memory(few, unconstrained, dict(newton_steps=0), self.device))  # fmt: skip
         results, nothing = task.pictures(x), torch.full((len(x),), float("nan"))
         of = lambda v: alexnet_features(large(v)) if lpips_weights() else nothing[:, None]  # noqa: E731
         values = task.measure(results) | dict(accuracy=nothing, features=of(results), reference=of(images))
+        if weights := self.settings.inception:
+            values |= dict(inception=inception_features(results, weights), inception_reference=inception_features(images, weights))
         for one, image in zip(inputs, results, strict=True):
             save_image(image, self.folder / one.result)
         with atomic_write(block_file(self.folder, inputs)) as temporary:
@@ -153,10 +204,13 @@ def read_inputs(settings, size, channels):
     or a ValueError. Fewer than two images are a ValueError too."""
     paths = sorted(path for path in settings.data.iterdir() if path.suffix.lower() in EXTENSIONS)[: settings.limit]
     names, inputs, broken = result_names(paths), [], []
+    captions = find_captions(settings.data)[0] if settings.captions == "yes" else dict.fromkeys(paths, settings.prompt)
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         try:
             load_image(path, (size, size), channels, crop=True)
-            inputs.append(Input(number, path, sha256(path), name))
+            if path not in captions:
+                raise ValueError(f"{path} has no caption, neither in {path.stem}.txt nor in a captions.csv")
+            inputs.append(Input(number, path, sha256(path), name, captions[path]))
         except (ValueError, OSError) as error:
             broken.append(str(error))
     if broken and settings.on_error == "stop":
@@ -188,7 +242,7 @@ def sha256(path):
 
 def content(inputs):
     """What a block is valid for."""
-    return [[one.number, one.sha256, one.result] for one in inputs]
+    return [[one.number, one.sha256, one.result, one.prompt] for one in inputs]
 
 
 def block_file(folder, inputs):
@@ -200,6 +254,11 @@ def block_of(folder, inputs):
     path = block_file(folder, inputs)
     block = torch.load(path, weights_only=True) if path.is_file() else None
     return block if block and block["inputs"] == content(inputs) else None
+
+
+def measured(block, settings):
+    """Whether a block has what is asked for."""
+    return block is not None and ("inception" in block["values"] or not settings.inception)
 
 
 # ---- the row
@@ -220,6 +279,8 @@ def read_settings(words):
     """The `Settings` of a command line's words key=value, checked."""
     settings = read_options(Settings, words)
     problem(settings.task)
+    if settings.lr is not None and not settings.lr > 0:
+        raise ValueError(f"lr = {settings.lr}: give a positive number")
     if settings.data is None:
         raise ValueError("data is missing: give data=/folder of images")
     if not settings.data.is_dir():
@@ -246,8 +307,9 @@ def prepare(folder, mine):
         raise ValueError(f"{folder} holds results with another {changed[0]}: delete it or give another out")
 
 
-def evaluate(settings):
-    """Sample, measure, and write the row of these settings. Returns the path of the table."""
+def evaluate(settings, swept=()):
+    """Sample, measure, and write the row of these settings, which has the values of `swept` names in its method's name. Returns the
+    path of the table."""
     out = settings.out
     model = load_model(settings.model, settings.config, "cpu", PRECISIONS[settings.precision], settings.prediction)
     if not isinstance(model, torch.nn.Module):
@@ -255,12 +317,14 @@ def evaluate(settings):
     evaluation = Evaluation(model, settings)
     evaluation.check()
     inputs = read_inputs(settings, evaluation.size, evaluation.image_channels)
-    key = {k: asdict(settings).get(k) for k in KEY} | dict(model=Path(settings.model).stem, images=len(inputs))
-    evaluation.folder = folder = out / "-".join(str(key[k]) for k in KEY[:4])
+    names = [*settings.own, *(name for name in swept if name not in (*KEY, *settings.own))]
+    method = " ".join([settings.method, *(f"{name}={getattr(settings, name)}" for name in names)])
+    key = {k: asdict(settings).get(k) for k in KEY} | dict(model=Path(settings.model).stem, method=method, images=len(inputs))
+    evaluation.folder = folder = out / "-".join(str(key[k]) for k in KEY[:4]).replace(" ", "-")
     evaluation.first = inputs[0].number
     prepare(folder, origin(settings))
     blocks = [inputs[i : i + settings.batch] for i in range(0, len(inputs), settings.batch)]
-    evaluation.blocks = [block for block in blocks if block_of(folder, block) is None]
+    evaluation.blocks = [block for block in blocks if not measured(block_of(folder, block), settings)]
     if evaluation.blocks:
         trainer = pl.Trainer(
             accelerator=settings.accelerator, devices=int(settings.devices) if settings.devices.isdigit() else settings.devices,
@@ -280,29 +344,6 @@ def evaluate(settings):
     return path
 
 
-def presets():
-    """The names of the tables in configs/evaluate."""
-    return sorted(path.stem for path in (ROOT / "configs/evaluate").glob("*.yaml"))
-
-
-def preset_words(preset, quick=False):
-    """The words key=value of each row of a preset, a name or a yaml file: its `common` settings, for each of its `tasks` with each
-    of its `methods`, all of them mappings of settings. quick: each task with one of the methods in turn, on the shipped model that
-    the preset names, with two images, one run and 20 evaluations. ValueError for other files."""
-    path = ROOT / f"configs/evaluate/{preset}.yaml" if preset in presets() else Path(preset).expanduser()
-    if not path.is_file():
-        raise ValueError(f"preset = {preset}: there is no such file, and known are {', '.join(presets())}")
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(config, dict) or set(config) != {"common", "tasks", "methods", "quick"}:
-        raise ValueError(f"preset = {preset}: give a yaml file with common, tasks, methods and quick")
-    tasks, methods = config["tasks"], config["methods"]
-    rows = [config["common"] | task | method for task in tasks for method in methods]
-    if quick:
-        small = {"model": config["quick"], "limit": 2, "budget": 20, "runs": 1}
-        rows = [config["common"] | task | methods[i % len(methods)] | small for i, task in enumerate(tasks)]
-    return [[f"{key}={value}" for key, value in row.items()] for row in rows]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -312,8 +353,9 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="the preset on a shipped model and two images")
     args = parser.parse_args(argv)
     try:
-        for words in preset_words(args.preset, args.quick) if args.preset else [[]]:
-            evaluate(read_settings([*words, *args.settings]))
+        for row in preset_words(args.preset, args.quick) if args.preset else [[]]:
+            for words, swept in sweep([*row, *args.settings]):
+                evaluate(read_settings(words), swept)
     except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         sys.exit(f"ldm.evaluate: {error}")
 

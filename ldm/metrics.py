@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm.models.classifier import DigitClassifier
 from ldm.util import ROOT
+
+INCEPTION_LAYER = "2048"  # the usual one: the last pooling
 
 
 def psnr(x: Tensor, reference: Tensor) -> Tensor:
@@ -63,6 +66,17 @@ def kernel_distance(
         torch.manual_seed(seed)  # torchmetrics draws the subsets from the global generator
         mean, std = metric.compute()
     return mean.item(), std.item()
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Frechet distance (FID, Heusel et al. 2017) between normal distributions fitted to features [N, d] and reference [M, d], which
+    are large for few images; NaN for fewer than two."""
+    if min(len(features), len(reference)) < 2:
+        return float("nan")
+    metric = FrechetInceptionDistance(_Precomputed(features.shape[1]))
+    metric.update(reference, real=True)
+    metric.update(features, real=False)
+    return metric.compute().item()
 
 
 class KernelParts(NamedTuple):
@@ -117,6 +131,28 @@ def alexnet_features(images: Tensor, batch: int = 64) -> Tensor:
     network = _lpips(images.device)
     means = [network.net(network.scaling_layer(x.clamp(-1, 1)))[-1].mean((2, 3)).cpu() for x in images.float().split(batch)]
     return torch.cat(means)
+
+
+@torch.inference_mode()
+def inception_features(images: Tensor, weights: Path, batch: int = 64) -> Tensor:
+    """Features [N, 2048] of images [N, 1 or 3, H, W] in [-1, 1], on the CPU, by torch-fidelity's Inception v3 for FID. weights: its
+    file, weights-inception-2015-12-05-6726825d.pth. ValueError where it or the package is missing."""
+    network, pixels = _inception(weights, images.device), (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
+    return torch.cat([network(x.expand(-1, 3, -1, -1)).cpu() for x in pixels.split(batch)])
+
+
+@functools.lru_cache(maxsize=1)
+def _inception(weights, device):
+    try:
+        torch.load(weights, weights_only=True, map_location="meta")  # what follows would execute what is in the file
+        network = NoTrainInceptionV3("inception-v3-compat", [INCEPTION_LAYER], str(weights))
+    except ModuleNotFoundError:
+        raise ValueError("inception needs torch-fidelity: pip install 'ldm[compare]'") from None
+    except Exception as error:
+        name = "weights-inception-2015-12-05-6726825d.pth"
+        raise ValueError(f"inception = {weights} is not the weights of FID's Inception v3, torch-fidelity's {name}: "
+                         f"{str(error).splitlines()[0]}") from None  # fmt: skip
+    return network.to(device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,10 +9,10 @@ from ldm.metrics import lpips_weights
 from ldm.util import atomic_write
 
 Row: TypeAlias = Mapping[str, Any]  # value by column
-PER_IMAGE = ["residual", "psnr", "ssim", "lpips", "accuracy"]  # one number per image; kid is one of the whole set
-MEASURES = [*PER_IMAGE, "kid"]
+PER_IMAGE = ["residual", "psnr", "ssim", "lpips", "accuracy"]  # one number per image; the others are of the whole set
+MEASURES = [*PER_IMAGE, "kid", "fid", "kid_inception"]  # FID without interval
 NAMES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "accuracy": "label accuracy",
-         "kid": "KID"}  # fmt: skip
+         "kid": "KID", "fid": "FID", "kid_inception": "KID, Inception"}  # fmt: skip
 KEY = ["model", "task", "method", "budget", "images"]  # what tells one row from another
 COSTS = ["nfe_forward", "nfe_backward", "seconds", "memory", "memory_plain"]
 COLUMNS = KEY + COSTS + [measure + end for measure in MEASURES for end in ("", "_low", "_high")]
@@ -77,9 +77,14 @@ def markdown(rows: Sequence[Row], title: str, features: str, labels: Mapping[str
             cells = [labels.get(row["method"], row["method"]), row["images"],
                      f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.3f}",
                      f"{memory:.2f} (x {memory / without:.2f})"]  # fmt: skip
-            cells += [f"{float(row[m]):.3g} [{float(row[m + '_low']):.3g}, {float(row[m + '_high']):.3g}]" for m in measures]
+            cells += [_with_interval(row, m) for m in measures]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _with_interval(row, measure):
+    value, low, high = (row[measure + end] for end in ("", "_low", "_high"))
+    return f"{float(value or 'nan'):.3g}" + (f" [{float(low):.3g}, {float(high):.3g}]" if low else "")
 
 
 def table_head(columns: str, measures: Sequence[str]) -> list[str]:

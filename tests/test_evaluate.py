@@ -9,12 +9,16 @@ import pytest
 import torch
 from common import ROOT
 from torch.nn.functional import interpolate
+from torch_fidelity import feature_extractor_inceptionv3
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from ldm import evaluate
+from ldm import evaluate, metrics
 from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
 from ldm.evaluate import main, read_settings
 from ldm.images import load_image, save_image
+from ldm.presets import sweep
 from ldm.table import KEY, read_rows
 from ldm.weights import save_weights
 
@@ -121,6 +125,88 @@ def test_text_stays_text(word, field, value, tmp_path, monkeypatch):
     assert found == value and type(found) is type(value)
 
 
+def test_a_row_and_a_folder_for_each_value_of_a_list(folder, tmp_path):
+    words = settings(folder, "model=mnist", "method=newton", "limit=2", "lr=[.05, .1]", "guidance=1")
+    main(words)
+    main([word for word in words if not word.startswith("lr")])  # the paper's own is another row
+    out = tmp_path / "outputs/evaluate"
+    rows = read_rows(out / "evaluate.csv")
+    assert [row["method"] for row in rows] == ["newton lr=0.05", "newton lr=0.1", "newton"]
+    assert len({row["residual"] for row in rows}) == 3 and "newton lr=0.1" in (out / "evaluate.md").read_text()
+    for name in ("mnist-half-newton-lr=0.05-20", "mnist-half-newton-lr=0.1-20", "mnist-half-newton-20"):
+        assert (out / name / "0.png").is_file()
+
+
+@pytest.mark.parametrize("words, keys, values", [
+    (["lr=[.05,.1]"], ("lr",), [{"lr": ".05"}, {"lr": ".1"}]),
+    (["budget=[20,44]", "task=half", "method=[fast,DPS]"], ("budget", "method"), [
+        {"budget": b, "task": "half", "method": m} for b in ("20", "44") for m in ("fast", "DPS")]),
+    (["prompt=[red, blue]"], (), [{"prompt": "[red, blue]"}]),  # a text stays a text
+])  # fmt: skip
+def test_lists_of_values(words, keys, values):
+    assert [(dict(word.split("=", 1) for word in row), swept) for row, swept in sweep(words)] == [(value, keys) for value in values]
+
+
+def test_each_image_has_its_own_caption(folder, tmp_path):
+    """From a text file or a table, next to a row with one prompt for all."""
+    words = settings(folder, "limit=2", "guidance=2", "steps=3")
+    (folder / "0.txt").write_text("red apple")
+    with pytest.raises(SystemExit, match="1.png has no caption, neither in 1.txt nor in a captions.csv; on_error=skip"):
+        main([*words, "captions=yes"])
+    (folder / "captions.csv").write_text("0.png,red apple\n1.png,rocket\n")
+    main([*words, "captions=yes", "out=captions"])
+    main([*words, "prompt=red apple", "out=prompt"])
+    same, other = ([load_image(tmp_path / f"{out}/tiny-half-fast-steps=3-20/{i}.png") for out in ("captions", "prompt")]
+                   for i in range(2))  # fmt: skip
+    same, other = ((a - b).abs().mean() for a, b in (same, other))
+    assert same < 0.005 < 0.02 < other  # rounding differs where prompts do
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """A file of random weights in the form of FID's Inception v3."""
+    made = {}
+    with monkeypatch.context() as patch:  # the package builds its network only together with a file
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: made.update(network=self))
+        feature_extractor_inceptionv3.FeatureExtractorInceptionV3("random", ["2048"])
+    torch.manual_seed(0)
+    for p in made["network"].parameters():
+        torch.nn.init.normal_(p, std=3 * (p[0].numel() or 1) ** -0.5 if p.ndim > 1 else 0.1)
+    torch.save(made["network"].state_dict(), tmp_path / "inception.pth")
+    monkeypatch.setattr(metrics, "INCEPTION_LAYER", "64")  # the first: the others take seconds
+    metrics._inception.cache_clear()
+    yield tmp_path / "inception.pth"
+    metrics._inception.cache_clear()
+
+
+def test_fid_and_kid_are_torchmetrics_with_these_weights(folder, tmp_path, inception):
+    words = settings(folder, "model=mnist", "method=DDNM", f"inception={inception}")
+    main(words)
+    found, results = row(tmp_path / "outputs/evaluate/evaluate.csv"), tmp_path / "outputs/evaluate/mnist-half-DDNM-20"
+    network = NoTrainInceptionV3("theirs", ["64"], str(inception))
+    fid = FrechetInceptionDistance(64, feature_extractor_weights_path=str(inception))
+    kid = KernelInceptionDistance(network, subsets=1, subset_size=4)
+    for real, where in ((True, folder), (False, results)):
+        images = torch.cat([load_image(where / f"{i}.png", (32, 32), 1, crop=True) for i in range(4)]).expand(-1, 3, -1, -1)
+        for metric in (fid, kid):
+            metric.update((127.5 * (images.clamp(-1, 1) + 1)).round().byte(), real=real)
+    assert float(found["fid"]) == pytest.approx(fid.compute().item(), rel=0.02)
+    assert float(found["kid_inception"]) == pytest.approx(kid.compute()[0].item(), rel=0.02)
+    assert "| FID | KID, Inception |" in (results.parent / "evaluate.md").read_text()
+    inception.write_bytes(b"none")
+    metrics._inception.cache_clear()
+    with pytest.raises(SystemExit, match="inception.pth is not the weights of FID's Inception v3, torch-fidelity's weights-incep"):
+        main(words)
+
+
+def test_a_long_run_says_first_what_it_will_take(folder, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    main(settings(folder, "model=mnist", "method=DDNM", "limit=2"))
+    assert "about 200 s on 1 device(s) and 0.0 GiB on each, not counted the decoder's time" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_devices_give_the_same_row(folder, tmp_path):
     """To every digit: blocks are the same, and so are their seeds."""
@@ -156,6 +242,10 @@ def test_pictures_are_cropped_to_their_middle(tmp_path):
     (["limit=1"], "limit = 1: give an integer >= 2"), (["model=none.ckpt"], "none.ckpt: there is no such file"),
     (["method=DDNM", "task=sr4"], "method = DDNM does not apply to task = sr4 with this model: it takes no task through"),
     (["method=PSLD"], "it takes only tasks through the decoder"), (["task=sr7"], "factor = 7 does not divide"),
+    (["method=fast", "lr=0.1"], r"lr = 0.1: method = fast has steps, sigma_y"), (["lr=[.1,]"], r"lr = \[.1,\]: give values with"),
+    (["method=newton", "lr=-1"], "lr = -1.0: give a positive number"), (["captions=maybe"], "captions = maybe: "),
+    (["model=mnist", "captions=yes"], "captions = yes: model = mnist takes no prompts"),
+    (["inception=none.pth"], "inception = none.pth is not the weights of FID's Inception v3"),
     (["method=DDNM", "budget=1001"], "steps = 1001: give an integer from 1 to 1000"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_sentence(words, message, folder, tmp_path):
