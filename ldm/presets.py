@@ -19,7 +19,7 @@ def presets():
 def preset_words(preset, quick=False):
     """The words key=value of each row of a preset, a name or a yaml file: its `common` settings, for each of its `tasks` with each
     of its `methods`, all of them mappings of settings. quick: each task with one of the methods in turn, on the shipped model that
-    the preset names, with two images, one run and 20 evaluations. ValueError for other files."""
+    the preset names, with two images, one run and three diffusion steps. ValueError for other files."""
     path = ROOT / f"configs/evaluate/{preset}.yaml" if preset in presets() else Path(preset).expanduser()
     if not path.is_file():
         raise ValueError(f"preset = {preset}: there is no such file, and known are {', '.join(presets())}")
@@ -29,7 +29,7 @@ def preset_words(preset, quick=False):
     tasks, methods = config["tasks"], config["methods"]
     rows = [config["common"] | task | method for task in tasks for method in methods]
     if quick:
-        small = {"model": config["quick"], "limit": 2, "budget": 20, "runs": 1}
+        small = {"model": config["quick"], "limit": 2, "budget": 20, "steps": 3, "runs": 1}
         rows = [config["common"] | task | methods[i % len(methods)] | small for i, task in enumerate(tasks)]
     return [[f"{key}={value}" for key, value in row.items()] for row in rows]
 

@@ -134,7 +134,7 @@ def test_presets_name_what_exists():
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_runs(preset, folder, tmp_path):
-    """On a shipped model, two images and 20 evaluations."""
+    """On a shipped model, two images and three diffusion steps."""
     main(["--preset", preset, "--quick", f"data={folder}", "accelerator=cpu", "out=results"])
     rows, words = read_rows(tmp_path / "results/evaluate.csv"), preset_words(preset, quick=True)
     assert len(rows) == len(words) and all(float(row["residual"]) >= 0 and float(row["psnr"]) > 0 for row in rows)
