@@ -143,14 +143,22 @@ def leading_by_step(ritz: Ritz) -> tuple[Tensor, Tensor]:
     return values, residuals
 
 
-def leading_vector(ritz: Ritz) -> Tensor:
-    """Unit Ritz vectors of the leading values, [B, N] complex128."""
+def leading_residual(matvec: Callable[[Tensor], Tensor], ritz: Ritz, like: Tensor) -> Tensor:
+    """|M x - mu x| of the leading Ritz pairs (mu, |x| = 1), measured by one more product with the real and the imaginary part of x.
+
+    matvec  as in `arnoldi`, or a more exact product with the same M: then the error of arnoldi's own products is in the result
+    like    [B, ...] of the shape and dtype that matvec takes
+
+    Returns [B] float64. `Ritz.residuals` are estimates that do not know of that error.
+    """
     vectors = []
     for basis, hessenberg, m in zip(ritz.basis, ritz.hessenberg, ritz.steps.tolist(), strict=True):
         theta, y = torch.linalg.eig(hessenberg[:m, :m])
         x = basis[:m].T.to(y) @ y[:, theta.abs().argmax()]
         vectors.append(x / x.norm())
-    return torch.stack(vectors)
+    x = torch.stack(vectors)
+    real, imaginary = (matvec(v.view_as(like).to(like)).detach().flatten(1).cpu().double() for v in (x.real, x.imag))
+    return (torch.complex(real, imaginary) - ritz.values[:, :1] * x).norm(dim=1)
 
 
 def _ritz(hessenberg, m):

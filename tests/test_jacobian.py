@@ -9,7 +9,7 @@ from ldm.data.emoji import sample_emoji
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.jacobian import Jacobian, columns_and_rows
-from ldm.linalg import arnoldi, leading_by_step, leading_vector
+from ldm.linalg import arnoldi, leading_by_step, leading_residual
 from ldm.sampling import DenoiserLike, H, seeded_noise
 
 TIMES = [99, 500, 900]
@@ -177,11 +177,19 @@ def test_the_leading_value_by_step_is_that_of_shorter_runs():
         shorter = arnoldi(lambda v: v @ M.T, b, n)
         assert torch.allclose(values[:, n - 1].abs(), shorter.values[:, 0].abs())
         assert torch.allclose(residuals[:, n - 1], shorter.residuals[:, 0])
-        x = leading_vector(shorter)
-        Mx = x @ M.T.to(x)
-        value = (x.conj() * Mx).sum(1)  # its Rayleigh quotient: the Ritz value
-        assert torch.allclose(value.abs(), shorter.values[:, 0].abs())
-        assert torch.allclose((Mx - value[:, None] * x).norm(dim=1), shorter.residuals[:, 0])
+        assert torch.allclose(leading_residual(lambda v: v @ M.T, shorter, b), shorter.residuals[:, 0])
+
+
+def test_a_measured_residual_knows_the_error_of_arnoldi_s_products():
+    """Products with M + E: Arnoldi's estimate is that of M + E and falls to nothing; what is measured with M is |E x|."""
+    generator = torch.Generator().manual_seed(3)
+    M, E, b = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in ((9, 9), (9, 9), (2, 9)))
+    E *= 0.01
+    ritz = arnoldi(lambda v: v @ (M + E).T, b, 9)
+    error = lambda v: v @ E.T  # noqa: E731
+    expected = leading_residual(error, ritz._replace(values=torch.zeros_like(ritz.values)), b)
+    assert ritz.residuals[:, 0].max() < 1e-10 and expected.min() > 1e-3
+    assert torch.allclose(leading_residual(lambda v: v @ M.T, ritz, b), expected)
 
 
 def test_columns_and_rows_of_a_pixel_are_those_of_the_matrix(gaussian):
