@@ -39,7 +39,7 @@ class Mnist(_Model):
 
     def measure(self, x, task):
         """{measure: [N]} and the features of the samples x."""
-        x = task.pictures(x)
+        x = task.to_images(x)
         features, p = judge_digits(self.classifier, x.clamp(-1, 1).cpu())
         return task.measure(x) | dict(features=features, accuracy=(p.argmax(1) == self.labels).float())
 
@@ -49,7 +49,7 @@ class Tiny(_Model):
     after the first 128. Label accuracy has no meaning here."""
 
     most, usual = 128, 128
-    features = "the tiny CLIP's 128 picture features, to the 219 other held-out pictures"
+    features = "the tiny CLIP's 128 image features, to the 219 other held-out images"
 
     def __init__(self, data, n, device):
         held_out, model = Emoji(data, train=False, styles=SHIPPED_STYLES), load_model("tiny", device=device)
@@ -61,7 +61,7 @@ class Tiny(_Model):
 
     def measure(self, z, task):
         """{measure: [N]} and the features of the images of latents z."""
-        x = task.pictures(z)
+        x = task.to_images(z)
         return task.measure(x) | dict(features=self.judge.features(x.clamp(-1, 1)), accuracy=torch.full((len(x),), float("nan")))
 
 

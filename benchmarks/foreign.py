@@ -58,16 +58,16 @@ def azula(kind):
     return sampler
 
 
-def _vector_measurement(constraint, picture, vector):
+def _vector_measurement(constraint, image, vector):
     """y [B, M], A and A^+ on vectors."""
     pixels = constraint.pixels if constraint.through_decoder else constraint
     decode = constraint.decode if constraint.through_decoder else lambda x: x
     y = pixels.A.measured(pixels.y)
-    A = lambda x: vector(pixels.A(decode(picture(x))))  # noqa: E731
+    A = lambda x: vector(pixels.A(decode(image(x))))  # noqa: E731
     return vector(y), A, lambda v: vector(pixels.A.pseudo_inverse(v.view(y.shape)))
 
 
-def _azula_denoiser(D, picture, vector):
+def _azula_denoiser(D, image, vector):
     from azula.denoise import Denoiser, DiracPosterior
     from azula.noise import Schedule
 
@@ -80,7 +80,7 @@ def _azula_denoiser(D, picture, vector):
         schedule = Levels()
 
         def forward(self, x_t, t):
-            return DiracPosterior(vector(D(picture(x_t), t.item())))
+            return DiracPosterior(vector(D(image(x_t), t.item())))
 
     return Wrapped()
 

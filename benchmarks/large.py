@@ -51,7 +51,7 @@ def table(args, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     path = args.out / f"large-{device.type}{'-quick' if args.quick else ''}.md"
     lines = [f"`python {' '.join(['benchmarks/large.py', *sys.argv[1:]])}` on {name} ({platform.machine()}), torch "
-             f"{torch.__version__}; {'small networks' if args.quick else 'Stable Diffusion v1'}, {args.dtype}, one picture, "
+             f"{torch.__version__}; {'small networks' if args.quick else 'Stable Diffusion v1'}, {args.dtype}, one image, "
              "without guidance", "", "| height x width | | windows of D | D, s | D, MiB | decoder, s | decoder, MiB |",
              "|---" * 7 + "|"]  # fmt: skip
     with torch.inference_mode():  # warm-up
@@ -71,9 +71,9 @@ def table(args, device):
     print(path.read_text())
 
 
-def seam(pictures, borders):
+def seam(images, borders):
     """Mean step from pixel to pixel across the borders, over that elsewhere; both between blocks of the decoder (4 pixels)."""
-    steps = sum(pictures.diff(dim=d).abs().mean(dim=(0, 1, 5 - d)) for d in (2, 3))[3::4]
+    steps = sum(images.diff(dim=d).abs().mean(dim=(0, 1, 5 - d)) for d in (2, 3))[3::4]
     at = torch.zeros(len(steps), dtype=bool)
     at[[b // 4 - 1 for b in borders]] = True
     return (steps[at].mean() / steps[~at].mean()).item()
@@ -83,15 +83,15 @@ def figure(args, device):
     """256x256 pixels, of which stripes are missing, in one call; and in numbers, the seams of samples without any constraint."""
     model = load_model("tiny", device=device)
     images = sample_emoji()[0][:16].to(device)
-    picture = images.unflatten(0, (4, 4)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[None]  # [1, 3, 256, 256]
+    sheet = images.unflatten(0, (4, 4)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[None]  # [1, 3, 256, 256]
     at = torch.arange(256)
     mask = (((at[:, None] + at) % 64) >= 12).float()[None, None].to(device)
-    constraint = latent_inpainting(model, picture, mask)
+    constraint = latent_inpainting(model, sheet, mask)
 
     def restored(size):
         D = LatentDenoiser(model, "").tile(size, batch=7)
         *_, state = fast_sampler(D, constraint, constraint.y.shape, [0], device=device)
-        return blend(model.decode(state.x_t), picture, mask, poisson=True)
+        return blend(model.decode(state.x_t), sheet, mask, poisson=True)
 
     def sampled(overlap):
         D = LatentDenoiser(model, args.prompt, guidance=3.0).tile(16, overlap, batch=7)
@@ -101,7 +101,7 @@ def figure(args, device):
         f'"{args.prompt}", step at the borders of windows over that elsewhere: {seam(sampled(0.0), (64, 128, 192)):.2f} without '
         f"overlap, {seam(sampled(0.5), range(32, 256, 32)):.2f} with half a window's"
     )
-    panels = {"known": picture * mask, "all at once": restored(None), "windows of 64, overlap 32": restored(16)}
+    panels = {"known": sheet * mask, "all at once": restored(None), "windows of 64, overlap 32": restored(16)}
     axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")[1]
     for axis, (title, image) in zip(axes, panels.items(), strict=True):
         axis.axis("off")

@@ -222,7 +222,7 @@ def write(path, head, rows, left_out):
 
 
 LEGEND = """NFE: evaluations of the denoiser per image. s / image: sampling alone; end to end: with the encoding of text and known
-picture, and the decoding. passes / s: forward and backward passes of one image. MiB: sampling's peak memory above the weights; GiB:
+image, and the decoding. passes / s: forward and backward passes of one image. MiB: sampling's peak memory above the weights; GiB:
 with the weights of U-Net, autoencoder and text encoder. of bf16 rate: the U-Net's floating-point operations per second over those
 of one large bfloat16 matrix product in the same run. The last columns are ratios to plain sampling and to the gradient method."""
 

@@ -1,6 +1,6 @@
 """What the notebooks under stable-diffusion/ do, measured on more images than they show:
 
-    python benchmarks/tasks.py [--tasks inpainting flow superres style] [--pictures 64] [--out benchmarks/results]
+    python benchmarks/tasks.py [--tasks inpainting flow superres style] [--images 64] [--out benchmarks/results]
 
 inpainting  the right half of held-out images is missing, seeds 0 to 3 in turn; the paper's loop with the constraint on latents
             and on decoded pixels, the fast solver in VAE space (no backward pass), and the projection without Jacobian
@@ -88,7 +88,7 @@ def inpainting(model, images, device):
             "paper's loop on decoded pixels": lambda: run(D, pixels, shape, seeds, device)}  # fmt: skip
     with torch.inference_mode():
         own = model.decode(model.encode(images))
-    out = {"pictures": len(images), "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}
+    out = {"images": len(images), "autoencoder_known_psnr": mean(psnr(own[..., known], images[..., known]))}
     for name, finish in runs.items():
         state, seconds = finish()
         with torch.inference_mode():
@@ -110,7 +110,7 @@ def superres(model, images, device, factor=4):
     bicubic = interpolate(y, (side, side), mode="bicubic", align_corners=False).clamp(-1, 1)
     measures = lambda x: {"consistency_psnr": mean(psnr(A(x), y)), "psnr": mean(psnr(x, images)), "ssim": mean(ssim(x, images)),  # noqa: E731
                           **perceptual(x, images)}  # fmt: skip
-    out = {"pictures": len(images), "factor": factor, "bicubic": measures(bicubic)}
+    out = {"images": len(images), "factor": factor, "bicubic": measures(bicubic)}
     constraints = {"decoder's gradient": DecodedConstraint(model.decode, A, y),
                    "encoder's difference": EncoderConstraint(model.decode, model.encode, A, y)}  # fmt: skip
     for name, constraint in constraints.items():
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--tasks", nargs="*", default=["inpainting", "flow", "superres", "style"])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--flow", default="tiny-flow")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--data", default="data", help="folder of emoji/emoji.npz")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -154,13 +154,13 @@ def main():
     order = torch.randperm(len(first_of_each(held_out)), generator=torch.Generator().manual_seed(0))
     images = from_uint8(held_out.images[torch.tensor(first_of_each(held_out))[order]]).to(device)
     names = list(dict.fromkeys(train.names))
-    captions = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(1))[: args.pictures // 2]]
+    captions = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(1))[: args.images // 2]]
     path = args.out / "tasks.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
-    tasks = {"inpainting": lambda: inpainting(model, images[: args.pictures], device),
-             "flow": lambda: inpainting(load_model(args.flow, device=device), images[: args.pictures], device),
-             "superres": lambda: superres(model, images[: args.pictures // 4], device),
-             "style": lambda: style(model, images[: args.pictures // 2], captions, names, device)}  # fmt: skip
+    tasks = {"inpainting": lambda: inpainting(model, images[: args.images], device),
+             "flow": lambda: inpainting(load_model(args.flow, device=device), images[: args.images], device),
+             "superres": lambda: superres(model, images[: args.images // 4], device),
+             "style": lambda: style(model, images[: args.images // 2], captions, names, device)}  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
         for table in tasks[task]():  # it grows

@@ -129,21 +129,21 @@ def retrieval(clip, images, names):
 
 def generate(model, captions, steps, guidance, device, batch=64):
     """One image [3, 64, 64] for each caption, seeds 0, 1, 2 ..."""
-    pictures, shape = [], (model.channels, model.image_size, model.image_size)
+    samples, shape = [], (model.channels, model.image_size, model.image_size)
     for start in tqdm(range(0, len(captions), batch), f"{steps} steps", leave=False):
         part = captions[start : start + batch]
         D = LatentDenoiser(model, part, guidance)
         z = sample(D, None, (len(part), *shape), range(start, start + len(part)), steps=steps, device=device).x_t
         with torch.inference_mode():
-            pictures.append(model.decode(z).clamp(-1, 1).cpu())
-    return torch.cat(pictures)
+            samples.append(model.decode(z).clamp(-1, 1).cpu())
+    return torch.cat(samples)
 
 
-def draw_sheet(pictures, captions, path):
+def draw_sheet(images, captions, path):
     """Eight in a row, each with its caption."""
     fig, axes = plt.subplots(-(-len(captions) // 8), 8, figsize=(10, 11.2))
-    for ax, picture, caption in zip(axes.flat, pictures, captions, strict=True):
-        ax.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation="lanczos")
+    for ax, image, caption in zip(axes.flat, images, captions, strict=True):
+        ax.imshow((image.permute(1, 2, 0) + 1) / 2, interpolation="lanczos")
         ax.set_title(caption if len(caption) < 20 else caption.replace(" with ", "\nwith ").replace(" and ", "\nand "),
                      fontsize=6.5, y=-0.06, va="top")  # fmt: skip
         ax.set_axis_off()

@@ -78,5 +78,5 @@ def load_clip_vision(source: str | Path = "tiny-clip", block: int = 2, device: s
     expected = {k: v for k, v in clip.state_dict(keep_vars=True).items() if k.startswith("visual.")}
     tensors = {k: stored[name].read().float().to(device) for k, name in match(path, stored, expected).items()}
     clip.load_state_dict(tensors, strict=False, assign=True)  # `match` was strict; the text tower is not needed
-    constants = {k: getattr(open_clip, f"OPENAI_DATASET_{k.upper()}") for k in ("mean", "std")}
-    return ClipVision(clip.visual.eval().requires_grad_(False), block, 224, **constants)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return ClipVision(clip.visual.eval().requires_grad_(False), block, 224, mean, std)

@@ -5,15 +5,17 @@ What benchmarks/compare.py (the shipped models) and ldm/evaluate.py (your images
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
-from ldm.constraints import DecodedConstraint, latent_inpainting
+from ldm.constraints import Constraint, DecodedConstraint, latent_inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.metrics import bootstrap, frechet_distance, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
 from ldm.newton_sampler import PAPER, newton_sampler
@@ -21,11 +23,13 @@ from ldm.nonlinear import measurement
 from ldm.operators import Mask, measure
 from ldm.problems import PROBLEMS
 from ldm.problems import problem as find_problem
-from ldm.sampling import CountedDenoiser
+from ldm.sampling import CountedDenoiser, DenoiserLike, States
 from ldm.schedules import DiffusionSchedule
 from ldm.table import PER_IMAGE
 
 TASKS = {name: PROBLEMS[name].label for name in ("half", "hole", "strokes", "sparse", "sr4", "blur")}  # of the benchmarks
+
+Sampler = Callable[..., States]  # (D, constraint, shape, seeds, device=, **settings)
 
 # ---- tasks
 
@@ -43,7 +47,15 @@ class Task:
     linear: whether y is a linear measurement of x0 itself, not through a decoder
     """
 
-    def __init__(self, name, images, D, shape, first_stage=None, numbers=None):
+    def __init__(
+        self,
+        name: str,
+        images: Tensor,
+        D: DenoiserLike,
+        shape: Sequence[int],
+        first_stage: Any = None,
+        numbers: Sequence[int] | None = None,
+    ):
         self.name, self.images, self.D, self.schedule, self.shape = name, images, D, D.schedule, tuple(shape)
         problem, self.sigma_y = find_problem(name)
         self.A = problem(images.shape[3])
@@ -54,20 +66,20 @@ class Task:
         self.encode = first_stage.encode if first_stage is not None and not self.linear else None
         self.noise = dict(sigma_y=self.sigma_y)  # what a solver that weighs the noise with A is told
 
-    def constraint(self, part=slice(None)):
+    def constraint(self, part: slice = slice(None)) -> Constraint:
         """The constraint of the images `part`, a slice."""
         if self.first_stage is None:
             return measurement(self.A, self.y[part])
-        if self.linear:
+        if self.linear and isinstance(self.A, Mask):
             return latent_inpainting(self.first_stage, self.images[part], self.A.mask.to(self.images.device))
         return DecodedConstraint(self.first_stage.decode, self.A, self.y[part])
 
     @torch.inference_mode()
-    def pictures(self, x, batch=32):
+    def to_images(self, x: Tensor, batch: int = 32) -> Tensor:
         """Samples of x_t's kind -> images [N, C, H, H], not clipped to [-1, 1]."""
         return x if self.first_stage is None else torch.cat([self.first_stage.decode(part) for part in x.split(batch)])
 
-    def measure(self, x):
+    def measure(self, x: Tensor) -> dict[str, Tensor]:
         """{measure: [N]} of images x, on the CPU: RMSE of what was measured, of x as it is; PSNR, SSIM and LPIPS against the
         truth, of x clipped to [-1, 1].
 
@@ -79,7 +91,7 @@ class Task:
         return {k: v.cpu() for k, v in values.items()}
 
 
-def large(x):
+def large(x: Tensor) -> Tensor:
     """Images as AlexNet takes them: at least 64 x 64 pixels, three channels."""
     return interpolate(x, size=max(64, x.shape[3]), mode="bilinear").expand(-1, 3, -1, -1)
 
@@ -106,16 +118,16 @@ class Method:
     """
 
     name: str
-    sampler: Callable
-    settings: Callable[[int, "Task"], dict]
-    takes: tuple[str, Callable[["Task"], bool]] = EVERY_TASK
+    sampler: Sampler
+    settings: Callable[[int, Task], dict[str, Any]]
+    takes: tuple[str, Callable[[Task], bool]] = EVERY_TASK
     label: str = ""
 
-    def __call__(self, budget, task):
+    def __call__(self, budget: int, task: Task) -> tuple[Sampler, dict[str, Any]] | None:
         return (self.sampler, self.settings(budget, task)) if self.takes[1](task) else None
 
 
-def newton_settings(n, task, **changed):
+def newton_settings(n: int, task: Task, **changed: Any) -> dict[str, Any]:
     """The authors' settings of the paper's loop for the task (ldm.newton_sampler.PAPER; 220 or 420 evaluations). With a lower
     budget fewer inner steps, then fewer diffusion steps of one inner step each; with a higher one more diffusion steps."""
     settings = PAPER["inpainting" if isinstance(task.A, Mask) else "super-resolution"] | changed
@@ -128,7 +140,7 @@ def newton_settings(n, task, **changed):
     return settings
 
 
-def gradient_settings(n, task):
+def gradient_settings(n: int, task: Task) -> dict[str, Any]:
     """As the paper's loop: an inner step costs one forward and one backward evaluation."""
     settings = newton_settings(n, task)
     return dict(steps=settings["steps"], gradient_steps=settings["newton_steps"], lr=settings["lr"])
@@ -163,22 +175,24 @@ LABELS = TASKS | {method.name: method.label or method.name for method in METHODS
 class EvaluationCounter(CountedDenoiser):
     """D, counting images x forward and x backward evaluations."""
 
-    def __init__(self, D):
+    def __init__(self, D: DenoiserLike):
         super().__init__(D)
         self.forward = self.backward = 0
 
-    def __call__(self, x_t, t):
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
         self.forward += len(x_t)
         x0 = self.D(x_t, t)
         if x0.requires_grad:
             x0.register_hook(self._count)
         return x0
 
-    def _count(self, gradient):
+    def _count(self, gradient: Tensor) -> None:
         self.backward += len(gradient)
 
 
-def run(task, sampler, settings, batch, device, bar=None):
+def run(
+    task: Task, sampler: Sampler, settings: dict[str, Any], batch: int, device: torch.device, bar: Any = None
+) -> tuple[Tensor, dict[str, float]]:
     """All images of a task through a sampler: x [N, ...], and the costs per image {nfe_forward, nfe_backward, seconds}.
 
     An image's seed is its number, in whatever batch it is. Seconds are this process's CPU seconds, on a GPU wall seconds: the
@@ -202,23 +216,25 @@ def run(task, sampler, settings, batch, device, bar=None):
     return torch.cat(out), dict(nfe_forward=D.forward / n, nfe_backward=D.backward / n, seconds=median(seconds))
 
 
-def run_best(task, sampler, settings, batch, device, runs):
+def run_best(
+    task: Task, sampler: Sampler, settings: dict[str, Any], batch: int, device: torch.device, runs: int
+) -> tuple[Tensor, dict[str, float]]:
     """As `run`, of so many samples for each image the one that fits the measurement best: for problems with several solutions, such
     as phase retrieval. The seeds of run r are the numbers plus r millions."""
-    numbers, best, fit, costs = task.numbers, None, None, {}
+    numbers, samples, fits = task.numbers, [], []
+    costs: dict[str, float] = {}
     for r in range(runs):
         task.numbers = [number + 1_000_000 * r for number in numbers]
         x, more = run(task, sampler, settings, batch, device)
         costs = {key: costs.get(key, 0) + value for key, value in more.items()}
-        residual = task.pixels.residual(task.pictures(x))
-        better = residual < (torch.inf if fit is None else fit)
-        best = x if best is None else torch.where(better.view(-1, 1, 1, 1), x, best)
-        fit = residual if fit is None else torch.minimum(residual, fit)
+        samples.append(x)
+        fits.append(task.pixels.residual(task.to_images(x)))
     task.numbers = numbers
-    return best, costs
+    best = torch.stack(fits).argmin(0)
+    return torch.stack(samples)[best, torch.arange(len(best))], costs
 
 
-def step_memory(task, sampler, settings, device, n=8):
+def step_memory(task: Task, sampler: Sampler, settings: dict[str, Any], device: torch.device, n: int = 8) -> float | None:
     """Peak MiB per image that a sampler allocates up to the end of its first diffusion step (of all steps, if it yields but one
     State): by torch's profiler on the CPU, by CUDA's statistics on a GPU. None elsewhere."""
     n = min(n, len(task.images))
@@ -240,18 +256,19 @@ def step_memory(task, sampler, settings, device, n=8):
     return torch.tensor([e.nbytes() for e in events]).cumsum(0).max().item() / n / 2**20
 
 
-def unconstrained(D, constraint, **settings):
+def unconstrained(D: DenoiserLike, constraint: Constraint | None, **settings: Any) -> States:
     """Sampling without a constraint, for `step_memory`."""
     return newton_sampler(D, None, **settings)
 
 
-def intervals(values, reference):
+def intervals(values: dict[str, Tensor], reference: Tensor) -> dict[str, float]:
     """Mean and 95 % percentile bootstrap interval over the images of each measure: {name, name_low, name_high}.
 
     values: {measure: [N]} and features [N, d]; reference: features [M, d] of true images, for KID. Where values has `inception`
     and `inception_reference`, features too, FID (without interval) and another KID are measured in them.
     """
-    draws, row = bootstrap(len(values["residual"])), {}
+    draws = bootstrap(len(values["residual"]))
+    row: dict[str, float] = {}
     for name in PER_IMAGE:
         v = values[name].double()
         row |= _interval(name, v.mean().item(), v[draws].mean(1))
@@ -265,5 +282,5 @@ def intervals(values, reference):
     return row
 
 
-def _interval(name, mean, samples):
+def _interval(name: str, mean: float, samples: Tensor) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), (mean, *interval(samples)), strict=True))

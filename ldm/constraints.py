@@ -11,6 +11,7 @@ at decoded images, the gradient of the *decoder* is taken (`DecodedConstraint`, 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from ldm.images import check_image
 from ldm.inpainting import check_mask, harmonic_fill, latent_mask
 from ldm.linalg import max_norm, unit
-from ldm.operators import Mask, Stack
+from ldm.operators import Mask, Operator, Stack
 from ldm.schedules import Level
 from ldm.util import moved
 
@@ -83,11 +84,11 @@ class FunctionConstraint(Constraint):
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]]):
         self.function = function
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         return self.function(x0)
 
 
-def as_constraint(constraint) -> Constraint | None:
+def as_constraint(constraint: Any) -> Constraint | None:
     """The constraint itself, None, or a function x0 -> (e, residual) as a Constraint. TypeError for anything else."""
     if constraint is None or isinstance(constraint, Constraint):
         return constraint
@@ -104,24 +105,24 @@ class LinearConstraint(Constraint):
 
     linear = True
 
-    def __init__(self, A, y: Tensor):
+    def __init__(self, A: Operator, y: Tensor):
         if not torch.isfinite(y).all():
             raise ValueError(f"y has {int((~torch.isfinite(y)).sum())} values that are NaN or infinite: all must be finite")
         self.A, self.y, self.batch, self.noisy = A, y, len(y), torch.is_tensor(A.variance)
         self.count = A.measured(torch.ones_like(y)).flatten(1).sum(1).clamp_min(1)  # [B] measured values per sample
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         r = self.difference(x0)
         return self.A.adjoint(r), self.rms(r)
 
-    def residual(self, x0):
+    def residual(self, x0: Tensor) -> Tensor:
         return self.rms(self.difference(x0))
 
-    def at(self, level):
+    def at(self, level: Level) -> Constraint:
         A = self.A.at(level)
         return self if A is self.A else LinearConstraint(A, A(self.A.pseudo_inverse(self.y)))
 
-    def linearised(self, x0):
+    def linearised(self, x0: Tensor) -> tuple[Any, Tensor]:
         """(A, r) at x0."""
         return self.A, self.difference(x0)
 
@@ -150,7 +151,7 @@ class LinearSum(LinearConstraint):
     """sum of w_i |y_i - A_i x0|^2 as one least-squares problem: rows sqrt(w_i) (A_i, y_i), so that sigma_y counts as
     sigma_y / sqrt(w_i) for the measurements of term i. residual: the RMS of all rows."""
 
-    def __init__(self, terms):
+    def __init__(self, terms: Sequence[tuple[float, Constraint]]):
         self._terms = list(terms)
         A = Stack([(weight, constraint.A, constraint.y.shape) for weight, constraint in terms])
         super().__init__(A, A.join([constraint.A.measured(constraint.y) for _, constraint in terms]))
@@ -158,7 +159,7 @@ class LinearSum(LinearConstraint):
     at = Constraint.at
 
     @property
-    def terms(self):
+    def terms(self) -> list[tuple[float, Constraint]]:
         return self._terms
 
 
@@ -166,7 +167,7 @@ class Sum(Constraint):
     """Any constraints added up:  e = sum of w_i e_i,  residual = sum of w_i residual_i. Where all have an operator, so has
     the sum: the stacked one."""
 
-    def __init__(self, terms):
+    def __init__(self, terms: Sequence[tuple[float, Constraint]]):
         self._terms = list(terms)
         self.batch = max(constraint.batch for _, constraint in terms)
         self.through_decoder = any(constraint.through_decoder for _, constraint in terms)
@@ -174,24 +175,24 @@ class Sum(Constraint):
         self.linearised = self._linearised if all(constraint.linearised for _, constraint in terms) else None
 
     @property
-    def terms(self):
+    def terms(self) -> list[tuple[float, Constraint]]:
         return self._terms
 
     @property
     def backward_passes(self):
         return sum(constraint.backward_passes for _, constraint in self.terms)
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         e, residual = zip(*(constraint(x0) for _, constraint in self.terms), strict=True)
         return self._weighted(e), self._weighted(residual)
 
-    def residual(self, x0):
+    def residual(self, x0: Tensor) -> Tensor:
         return self._weighted(self.residuals(x0))
 
-    def _weighted(self, values):
+    def _weighted(self, values: Sequence[Tensor]) -> Tensor:
         return torch.stack([weight * value for (weight, _), value in zip(self.terms, values, strict=True)]).sum(0)
 
-    def _linearised(self, x0):
+    def _linearised(self, x0: Tensor) -> tuple[Any, Tensor]:
         found = [(weight, *constraint.linearised(x0)) for weight, constraint in self.terms]
         A = Stack([(weight, operator, r.shape) for weight, operator, r in found])
         return A, A.join([r for *_, r in found])
@@ -209,7 +210,7 @@ def renewed(constraint: Constraint, x_t: Tensor, level: Level, noise: Callable[[
     return x_t
 
 
-def inpainting(image, mask, soft=False):
+def inpainting(image: Tensor, mask: Tensor, soft: bool = False) -> LinearConstraint:
     """The pixels where mask is 1 are known:  e = M * (image - x0).
 
     image: [B, C, H, W] in [-1, 1]; mask: [B or 1, 1, H, W] of 0 (fill in) and 1 (keep), with soft=True also of weights
@@ -219,7 +220,7 @@ def inpainting(image, mask, soft=False):
     return LinearConstraint(A, A(check_image(image)))
 
 
-def latent_inpainting(model, image, mask, whole=False, soft=False):
+def latent_inpainting(model: Any, image: Tensor, mask: Tensor, whole: bool = False, soft: bool = False) -> LinearConstraint:
     """Inpainting in the latent space of a LatentDiffusion:  e = M * (Enc(image) - x0).
 
     image [B, 3, H, W] in [-1, 1], mask [B or 1, 1, H, W], H and W as the model takes them (ldm/inpainting.py: fit). A latent pixel
@@ -247,20 +248,20 @@ class DecodedConstraint(Constraint):
 
     through_decoder = True
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], A, y: Tensor, chunk: int | None = None):
+    def __init__(self, decode: Callable[[Tensor], Tensor], A: Operator, y: Tensor, chunk: int | None = None):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
         self.decode, self.pixels, self.chunk, self.backward_passes = decode, LinearConstraint(A, y), chunk, 0
         self.batch, self.noisy = len(y), self.pixels.noisy
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         A, r = self.linearised(x0)
         return A.adjoint(r), self.pixels.rms(r)
 
-    def residual(self, x0):
+    def residual(self, x0: Tensor) -> Tensor:
         return self.pixels.residual(self.decode(x0))
 
-    def linearised(self, x0):
+    def linearised(self, x0: Tensor) -> tuple[Any, Tensor]:
         """(A Dec' at x0, an operator on latents, and r): each product with it is a forward, with its adjoint a backward pass of the
         decoder, whose graph lives as long as the operator (or, in chunks, is made for each product)."""
         derivative = _Derivative(self, x0)
@@ -270,24 +271,25 @@ class DecodedConstraint(Constraint):
 class _Derivative:
     """A Dec' of a DecodedConstraint at z, with the residual r there: A Dec' w ~ (r - r(z + s w)) / s with |s w|_inf = 0.05."""
 
-    def __init__(self, constraint, z):
-        self.constraint, self.z, self.graph = constraint, z, None
+    def __init__(self, constraint: DecodedConstraint, z: Tensor):
+        self.constraint, self.z = constraint, z
+        self.graph: tuple[Tensor, Tensor] | None = None
         chunk = constraint.chunk or (1 if z[0].numel() >= 4096 else len(z))
         self.parts = range(0, len(z), chunk), chunk
         if chunk >= len(z):
-            self.graph = self._decode(z)
-            self.image = self.graph[1].detach()
+            self.graph = graph = self._decode(z)
+            self.image = graph[1].detach()
         else:
             self.image = torch.cat([constraint.decode(part) for part in z.split(chunk)])
         self.r, self.variance = constraint.pixels.difference(self.image), constraint.pixels.A.variance
 
-    def __call__(self, w):
+    def __call__(self, w: Tensor) -> Tensor:
         s = 0.05 / max_norm(w).clamp_min(1e-30)
         with torch.no_grad():
             moved = self.constraint.pixels.difference(self.constraint.decode(self.z + s * w))
             return (self.r - moved) / s.view(-1, *[1] * (moved.ndim - 1))
 
-    def adjoint(self, u):
+    def adjoint(self, u: Tensor) -> Tensor:
         self.constraint.backward_passes += 1
         g = self.constraint.pixels.A.vjp(self.image, u)  # on images; the rest is the decoder's vector-Jacobian product
         if self.graph is not None:
@@ -296,11 +298,11 @@ class _Derivative:
         starts, chunk = self.parts
         return torch.cat([self._vjp(self.z[i : i + chunk], g[i : i + chunk]) for i in starts])
 
-    def _vjp(self, z, g):
+    def _vjp(self, z: Tensor, g: Tensor) -> Tensor:
         z, image = self._decode(z)
         return torch.autograd.grad(image, z, g.clone())[0]
 
-    def _decode(self, z):
+    def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z as a leaf, and its decoded image with the graph between them."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = z.clone().requires_grad_()
@@ -321,18 +323,27 @@ class EncoderConstraint(Constraint):
 
     through_decoder = True
 
-    def __init__(self, decode, encode, A, y: Tensor, lift=None, h: float = 0.05, retraction: float = 1.0):
+    def __init__(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor],
+        A: Operator,
+        y: Tensor,
+        lift: Callable[[Tensor], Tensor] | None = None,
+        h: float = 0.05,
+        retraction: float = 1.0,
+    ):
         self.decode, self.encode, self.pixels, self.h, self.retraction = decode, encode, LinearConstraint(A, y), h, retraction
         self.lift, self.batch = A.pseudo_inverse if lift is None else lift, len(y)
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         x = self.decode(x0)
         r = self.pixels.difference(x)
         p = self.lift(r)
         moved, here = self.encode(torch.cat([x + self.h * unit(p), x])).chunk(2)
         return (moved - here) * (max_norm(p) / self.h) + self.retraction * (here - x0), self.pixels.rms(r)
 
-    def residual(self, x0):
+    def residual(self, x0: Tensor) -> Tensor:
         return self.pixels.residual(self.decode(x0))
 
 
@@ -349,22 +360,22 @@ class LossConstraint(Constraint):
             raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
         self.loss, self.chunk, self.backward_passes = loss, chunk, 0
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         found = [self._gradient(part) for part in x0.split(self.chunk or len(x0))]
         self.backward_passes += 1
         gradients, values = zip(*found, strict=True)
         return -torch.cat(gradients), torch.cat(values)
 
-    def _gradient(self, x0):
+    def _gradient(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             x = x0.clone().requires_grad_()
             values = self._values(x)
             return torch.autograd.grad(values.sum(), x)[0], values.detach()
 
-    def residual(self, x0):
+    def residual(self, x0: Tensor) -> Tensor:
         return torch.cat([self._values(part) for part in x0.split(self.chunk or len(x0))])
 
-    def _values(self, x):
+    def _values(self, x: Tensor) -> Tensor:
         values = self.loss(x)
         if values.shape != x.shape[:1]:
             raise ValueError(

@@ -1,7 +1,8 @@
 """From a network to the denoised estimate x0 = D(x_t, t), for whatever the network was trained to predict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,19 @@ PREDICTIONS = {
 
 
 @contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """TF32 off, and as it was afterwards. It is on by default for convolutions on recent GPUs, and takes 13 bits of a float32's
     mantissa: the difference of two evaluations would be mostly rounding."""
-    rooms = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-    before = [room.fp32_precision for room in rooms]
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
     try:
-        for room in rooms:
-            room.fp32_precision = "ieee"
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        for room, precision in zip(rooms, before, strict=True):
-            room.fp32_precision = precision
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 class Denoiser(DenoiserLike):
@@ -57,7 +59,7 @@ class Denoiser(DenoiserLike):
         network: Callable[..., Tensor],
         schedule: Schedule,
         prediction: str = "eps",
-        weights=None,
+        weights: Any = None,
         tf32: bool = False,
     ):
         if prediction not in PREDICTIONS:
@@ -107,7 +109,7 @@ class Denoiser(DenoiserLike):
         """What the network predicts at x_t [B, ...] and t [B]; x_t's shape."""
         return self._on_windows(x_t, t)
 
-    def tile(self, size, overlap=0.5, batch=1):
+    def tile(self, size: int | None, overlap: float = 0.5, batch: int = 1) -> "Denoiser":
         """Show the network a large x_t [B, C, H, W] in overlapping windows, and take the mean of what it predicts for each place,
         weighted by linear ramps (MultiDiffusion, Bar-Tal et al. 2023); None: all at once. Returns self.
 
@@ -127,7 +129,7 @@ class Denoiser(DenoiserLike):
         self._windows = None if size is None else (int(size), int(overlap * size), int(batch))
         return self
 
-    def compile(self, **options):
+    def compile(self, **options: Any) -> "Denoiser":
         """Compile the network by torch.compile(**options); mode="reduce-overhead": as a CUDA graph, on a GPU. Returns self.
 
         The first evaluation takes minutes at the size of Stable Diffusion, others of the same shape and dtype no compilation,
@@ -138,13 +140,13 @@ class Denoiser(DenoiserLike):
         self.network = lambda *inputs: compiled(*inputs).clone()
         return self
 
-    def _on_windows(self, x_t, *others):
+    def _on_windows(self, x_t: Tensor, *others: Tensor) -> Tensor:
         """network(x_t, *others), others [B, ...], on the windows of `tile`."""
         if self._windows is None:
             return self.network(x_t, *others)
         size, overlap, batch = self._windows
 
-        def network(tiles):
+        def network(tiles: Tensor) -> Tensor:
             n = len(tiles) // len(x_t)
             return self.network(tiles, *(v.repeat(n, *[1] * (v.ndim - 1)) for v in others))
 
@@ -166,7 +168,14 @@ class LatentDenoiser(Denoiser):
     dtype. Raises ValueError if the number of prompts is neither one nor B.
     """
 
-    def __init__(self, model, prompts, guidance: float = 1.0, negative_prompts=None, tf32: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        prompts: str | Sequence[str] | Any,
+        guidance: float = 1.0,
+        negative_prompts: str | Sequence[str] | Any = None,
+        tf32: bool = False,
+    ):
         super().__init__(model.network, model.schedule, model.parameterization, model, tf32)
         # Ordinary tensors even inside torch.inference_mode(), so that forward-mode differentiation may use them.
         with torch.inference_mode(False), torch.no_grad():
@@ -178,7 +187,7 @@ class LatentDenoiser(Denoiser):
         same = self.condition.shape == self.negative.shape and torch.equal(self.condition, self.negative)
         self.guidance = 1.0 if same else guidance  # equal outputs: no doubled batch for nothing
 
-    def predict(self, x_t, t):
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         if self.guidance == 1:
             return self._on_windows(x_t, t, self._per_sample("prompts", self.condition, x_t))
         negative = self._per_sample("negative_prompts", self.negative, x_t)
@@ -188,7 +197,7 @@ class LatentDenoiser(Denoiser):
         out_u, out_c = self._on_windows(torch.cat([x_t, x_t]), torch.cat([t, t]), condition).chunk(2)
         return out_u + self.guidance * (out_c - out_u)
 
-    def _per_sample(self, name, condition, x_t):
+    def _per_sample(self, name: str, condition: Tensor, x_t: Tensor) -> Tensor:
         if len(condition) not in (1, len(x_t)):
             raise ValueError(
                 f"{name} has {len(condition)} entries, but x_t has {len(x_t)} samples: give one for each, or one for all"

@@ -19,24 +19,28 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoints import load_model, locate, read_config
 from ldm.commands import option, options_help, read_options
-from ldm.comparison import LABELS, METHODS, Task, intervals, large, run_best, step_memory, unconstrained
+from ldm.comparison import LABELS, METHODS, Sampler, Task, intervals, large, run_best, step_memory, unconstrained
 from ldm.data.captions import find_captions
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import EXTENSIONS, load_image, save_image
 from ldm.memory import expected_peak
 from ldm.metrics import alexnet_features, inception_features, lpips_weights
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.presets import preset_words, presets, sweep
 from ldm.problems import PROBLEMS, label, problem
+from ldm.sampling import DenoiserLike
 from ldm.table import KEY, markdown, put_row, read_rows
 from ldm.util import atomic_write, resolve_path
 
@@ -74,15 +78,15 @@ class Settings:
     nodes: int = option(1, "number of machines", least=1)
     out: Path = option(Path("outputs/evaluate"), "folder of the results")
 
-    def that_count(self):
-        """Those that change a sample, besides the images and the weights."""
+    def that_count(self) -> dict[str, Any]:
+        """Those that change a sample, apart from the images and the weights."""
         names = ("task", "method", "budget", "runs", "prompt", "guidance", "precision", "prediction", "lr", "steps", "newton_steps")
-        return {name: getattr(self, name) for name in names}
+        return {name: vars(self)[name] for name in names}
 
     @property
-    def own(self):
+    def own(self) -> dict[str, float]:
         """The sampler's settings that take the place of the method's."""
-        return {name: value for name in ("lr", "steps", "newton_steps") if (value := getattr(self, name)) is not None}
+        return {name: value for name in ("lr", "steps", "newton_steps") if (value := vars(self)[name]) is not None}
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,13 @@ class Input:
 class Blocks(Dataset):
     """(i, images [n, C, size, size] in [-1, 1]) of each block, a list of `Input`s."""
 
-    def __init__(self, blocks, size, channels):
+    def __init__(self, blocks: "list[list[Input]]", size: int, channels: int):
         self.blocks, self.size, self.channels = blocks, size, channels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[int, Tensor]:
         size = (self.size, self.size)
         return i, torch.cat([load_image(one.path, size, self.channels, crop=True) for one in self.blocks[i]])
 
@@ -113,18 +117,19 @@ class Blocks(Dataset):
 class Evaluation(pl.LightningModule):
     """Samples `blocks`, and leaves each with its measures in `folder`. Memory is measured on the block with the image `first`."""
 
-    def __init__(self, model, settings):
+    def __init__(self, model: DDPM, settings: Settings):
         super().__init__()
-        self.model, self.settings, self.folder, self.first, self.blocks = model, settings, None, 0, []
+        self.model, self.settings = model, settings
+        self.folder, self.first, self.blocks = settings.out, 0, list[list[Input]]()
         self.latent = isinstance(model, LatentDiffusion)
         self.shape = (model.channels, model.image_size, model.image_size)
-        self.size = model.image_size * (model.first_stage_model.downsampling if self.latent else 1)
+        self.size = model.image_size * model.downsampling
         self.image_channels = 3 if self.latent else model.channels
 
-    def task(self, images, numbers, D):
+    def task(self, images: Tensor, numbers: Sequence[int], D: DenoiserLike) -> Task:
         return Task(self.settings.task, images, D, self.shape, self.model if self.latent else None, numbers)
 
-    def chosen(self, task):
+    def chosen(self, task: Task) -> tuple[Sampler, dict[str, Any]]:
         """(sampler, settings), or a ValueError where the method does not apply to the task."""
         method = METHODS[self.settings.method]
         chosen = method(self.settings.budget, task)
@@ -138,23 +143,24 @@ class Evaluation(pl.LightningModule):
                 raise ValueError(f"{name} = {value}: method = {method.name} has {', '.join(settings)}")
         return sampler, settings | self.settings.own
 
-    def denoiser(self, inputs):
+    def denoiser(self, inputs: list[Input]) -> Denoiser:
         """D with the prompts of these inputs."""
         model, prompts = self.model, [one.prompt for one in inputs]
         if not model.conditional:
             return Denoiser(model.network, model.schedule, model.parameterization)
         return LatentDenoiser(model, prompts if len(set(prompts)) > 1 else prompts[0], self.settings.guidance)
 
-    def check(self):
+    def check(self) -> None:
         """What predict_step would find out, before it: ValueError for a task or method that does not fit."""
-        _, settings = self.chosen(self.task(torch.zeros(1, self.image_channels, self.size, self.size), [0], self.model))
+        D = Denoiser(self.model.network, self.model.schedule, self.model.parameterization)
+        _, settings = self.chosen(self.task(torch.zeros(1, self.image_channels, self.size, self.size), [0], D))
         self.model.schedule.levels(settings["steps"])
         if self.settings.captions == "yes" and not self.model.conditional:
             raise ValueError(f"captions = yes: model = {self.settings.model} takes no prompts")
         if self.settings.inception:
             inception_features(torch.zeros(1, 3, 64, 64), self.settings.inception)
 
-    def on_predict_start(self):
+    def on_predict_start(self) -> None:
         """Says what is to come, if it is more than a minute: by one timed evaluation, and the same code on tensors without data."""
         inputs, shape = self.blocks[0], (len(self.blocks[0]), *self.shape)
         images = torch.zeros(len(inputs), self.image_channels, self.size, self.size, device=self.device)
@@ -171,17 +177,18 @@ class Evaluation(pl.LightningModule):
             self.print(f"about {seconds:,.0f} s on {self.trainer.world_size} device(s) and {peak:.1f} GiB on each, not counted the "
                        "decoder's time and the graphs of methods that back-propagate")  # fmt: skip
 
-    def predict_step(self, block, _):
+    def predict_step(self, block: tuple[int, Tensor], _: int) -> int:
         i, images = block
         inputs, numbers = self.blocks[i], [one.number for one in self.blocks[i]]
         task = self.task(images, numbers, self.denoiser(inputs))
         chosen = self.chosen(task)
         x, costs = run_best(task, *chosen, len(images), self.device, self.settings.runs)
+        memory: dict[str, float | None] = {}
         if inputs[0].number == self.first:
             few = self.task(images[:8], numbers[:8], self.denoiser(inputs[:8]))
-            costs |= dict(memory=step_memory(few, *chosen, self.device),
-                          memory_plain=step_memory(few, unconstrained, dict(newton_steps=0), self.device))  # fmt: skip
-        results, nothing = task.pictures(x), torch.full((len(x),), float("nan"))
+            plain = step_memory(few, unconstrained, dict(newton_steps=0), self.device)
+            memory = dict(memory=step_memory(few, *chosen, self.device), memory_plain=plain)
+        results, nothing = task.to_images(x), torch.full((len(x),), float("nan"))
         of = lambda v: alexnet_features(large(v)) if lpips_weights() else nothing[:, None]  # noqa: E731
         values = task.measure(results) | dict(accuracy=nothing, features=of(results), reference=of(images))
         if weights := self.settings.inception:
@@ -189,22 +196,23 @@ class Evaluation(pl.LightningModule):
         for one, image in zip(inputs, results, strict=True):
             save_image(image, self.folder / one.result)
         with atomic_write(block_file(self.folder, inputs)) as temporary:
-            torch.save(dict(costs=costs, values=values, inputs=content(inputs)), temporary)
+            torch.save(dict(costs=costs | memory, values=values, inputs=content(inputs)), temporary)
         return i
 
-    def on_predict_end(self):
+    def on_predict_end(self) -> None:
         self.trainer.strategy.barrier()
 
 
 # ---- inputs
 
 
-def read_inputs(settings, size, channels):
+def read_inputs(settings: Settings, size: int, channels: int) -> list[Input]:
     """The `Input`s of a row, each file read and decoded once. What cannot be read is left out with a printed line (on_error=skip),
     or a ValueError. Fewer than two images are a ValueError too."""
-    paths = sorted(path for path in settings.data.iterdir() if path.suffix.lower() in EXTENSIONS)[: settings.limit]
+    folder = cast(Path, settings.data)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)[: settings.limit]
     names, inputs, broken = result_names(paths), [], []
-    captions = find_captions(settings.data)[0] if settings.captions == "yes" else dict.fromkeys(paths, settings.prompt)
+    captions = find_captions(folder)[0] if settings.captions == "yes" else dict.fromkeys(paths, settings.prompt)
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         try:
             load_image(path, (size, size), channels, crop=True)
@@ -224,14 +232,14 @@ def read_inputs(settings, size, channels):
     return inputs
 
 
-def result_names(paths):
+def result_names(paths: Sequence[Path]) -> list[str]:
     """A PNG file's name for the result of each path: the stem, with a number before it where two stems are the same."""
     stems = [path.stem for path in paths]
     distinct = len({stem.casefold() for stem in stems}) == len(stems)
     return [f"{stem}.png" if distinct else f"{i}-{stem}.png" for i, stem in enumerate(stems)]
 
 
-def sha256(path):
+def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -240,23 +248,23 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def content(inputs):
+def content(inputs: list[Input]) -> list[list]:
     """What a block is valid for."""
     return [[one.number, one.sha256, one.result, one.prompt] for one in inputs]
 
 
-def block_file(folder, inputs):
+def block_file(folder: Path, inputs: list[Input]) -> Path:
     return folder / f"{inputs[0].number}.pt"
 
 
-def block_of(folder, inputs):
+def block_of(folder: Path, inputs: list[Input]) -> dict[str, Any] | None:
     """The measured block of these inputs, or None where there is none, or one of files with another content."""
     path = block_file(folder, inputs)
     block = torch.load(path, weights_only=True) if path.is_file() else None
     return block if block and block["inputs"] == content(inputs) else None
 
 
-def measured(block, settings):
+def complete(block: dict[str, Any] | None, settings: Settings) -> bool:
     """Whether a block has what is asked for."""
     return block is not None and ("inception" in block["values"] or not settings.inception)
 
@@ -264,9 +272,9 @@ def measured(block, settings):
 # ---- the row
 
 
-def gather(folder, blocks):
+def gather(folder: Path, blocks: list[list[Input]]) -> dict[str, float]:
     """The costs and measures of a row from its blocks."""
-    parts = [block_of(folder, inputs) for inputs in blocks]
+    parts = [part for inputs in blocks if (part := block_of(folder, inputs))]
     values = {k: torch.cat([part["values"][k] for part in parts]) for k in parts[0]["values"]}
     counts = torch.tensor([len(inputs) for inputs in blocks]).double()
     costs = {k: (torch.tensor([part["costs"][k] for part in parts]).double() @ counts / counts.sum()).item()
@@ -275,7 +283,7 @@ def gather(folder, blocks):
     return costs | intervals(values, values.pop("reference"))
 
 
-def read_settings(words):
+def read_settings(words: Sequence[str]) -> Settings:
     """The `Settings` of a command line's words key=value, checked."""
     settings = read_options(Settings, words)
     problem(settings.task)
@@ -288,15 +296,15 @@ def read_settings(words):
     return settings
 
 
-def origin(settings):
-    """What a folder of results is valid for, besides the images: the settings that count, and the model's files by content."""
+def origin(settings: Settings) -> dict[str, Any]:
+    """What a folder of results is valid for, apart from the images: the settings that count, and the model's files by content."""
     weights, config = locate(settings.model, settings.config)
     config, parts = read_config(config) if config else (None, {})
     files = [weights, *(resolve_path(part["path"]) for part in parts.values())]
     return settings.that_count() | {"weights": [sha256(file) for file in files], "config": config}
 
 
-def prepare(folder, mine):
+def prepare(folder: Path, mine: dict[str, Any]) -> None:
     """The folder of this row, which remembers its origin: ValueError where its results have another one."""
     path = folder / "settings.json"
     if not path.is_file():
@@ -307,24 +315,25 @@ def prepare(folder, mine):
         raise ValueError(f"{folder} holds results with another {changed[0]}: delete it or give another out")
 
 
-def evaluate(settings, swept=()):
+def evaluate(settings: Settings, swept: Sequence[str] = ()) -> Path | None:
     """Sample, measure, and write the row of these settings, which has the values of `swept` names in its method's name. Returns the
-    path of the table."""
+    path of the table, None on all machines but the first."""
     out = settings.out
     model = load_model(settings.model, settings.config, "cpu", PRECISIONS[settings.precision], settings.prediction)
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model = {settings.model} is a diffusers pipeline: give a shipped model, .ckpt or .safetensors")
+    if not isinstance(model, DDPM):
+        kind = type(model).__name__
+        raise ValueError(f"model = {settings.model} is a {kind}: give a shipped diffusion model, .ckpt or .safetensors")
     evaluation = Evaluation(model, settings)
     evaluation.check()
     inputs = read_inputs(settings, evaluation.size, evaluation.image_channels)
     names = [*settings.own, *(name for name in swept if name not in (*KEY, *settings.own))]
-    method = " ".join([settings.method, *(f"{name}={getattr(settings, name)}" for name in names)])
+    method = " ".join([settings.method, *(f"{name}={vars(settings)[name]}" for name in names)])
     key = {k: asdict(settings).get(k) for k in KEY} | dict(model=Path(settings.model).stem, method=method, images=len(inputs))
     evaluation.folder = folder = out / "-".join(str(key[k]) for k in KEY[:4]).replace(" ", "-")
     evaluation.first = inputs[0].number
     prepare(folder, origin(settings))
     blocks = [inputs[i : i + settings.batch] for i in range(0, len(inputs), settings.batch)]
-    evaluation.blocks = [block for block in blocks if not measured(block_of(folder, block), settings)]
+    evaluation.blocks = [block for block in blocks if not complete(block_of(folder, block), settings)]
     if evaluation.blocks:
         trainer = pl.Trainer(
             accelerator=settings.accelerator, devices=int(settings.devices) if settings.devices.isdigit() else settings.devices,
@@ -344,7 +353,7 @@ def evaluate(settings, swept=()):
     return path
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"settings, with their defaults:\n\n{options_help(Settings)}")  # fmt: skip

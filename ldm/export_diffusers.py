@@ -26,6 +26,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.checkpoints import Config, load_model, locate, read_config
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"  # as transformers' tokenizer names them
@@ -178,7 +179,7 @@ def to_scheduler(model, params):
 def to_pipeline(model, config):
     """A LatentDiffusion, loaded with `config` (as in load_model), as a StableDiffusionPipeline; float32, on the CPU. ValueError for
     a model that this file does not translate."""
-    if not isinstance(getattr(model, "cond_stage_model", None), FrozenOpenCLIPEmbedder):
+    if not isinstance(model, LatentDiffusion) or not isinstance(model.cond_stage_model, FrozenOpenCLIPEmbedder):
         raise ValueError("the model has no OpenCLIP text encoder: only text-to-image models with one can be exported")
     params = read_config(config)[0]["params"]
     unet, vae = params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]

@@ -1,4 +1,4 @@
-"""What inpainting needs besides the sampler and the masks: canvases, and the seam between known and generated pixels.
+"""What inpainting needs apart from the sampler and the masks: canvases, and the seam between known and generated pixels.
 
 Images are [B, C, H, W] float32 in [-1, 1]. Masks are [B or 1, 1, H, W] of 1 (known, kept) and 0 (to be filled in): ldm/masks.py.
 Of soft masks, only what has the weight 1 is put back.
@@ -74,11 +74,11 @@ def harmonic_fill(values: Tensor, mask: Tensor, tolerance: float = 1e-4, most: i
     ones = F.pad(torch.ones_like(hole), (1, 1, 1, 1))
     neighbours = ones[..., 1:-1, 2:] + ones[..., 1:-1, :-2] + ones[..., 2:, 1:-1] + ones[..., :-2, 1:-1]
 
-    def laplace(u):  # on the hole, with natural boundaries at the image's edge
+    def laplace(u: Tensor) -> Tensor:  # on the hole, with natural boundaries at the image's edge
         p = F.pad(u, (1, 1, 1, 1))
         return hole * (neighbours * u - p[..., 1:-1, 2:] - p[..., 1:-1, :-2] - p[..., 2:, 1:-1] - p[..., :-2, 1:-1])
 
-    def dot(a, b):
+    def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).flatten(2).sum(2)[..., None, None]
 
     start = _push_pull(values, mask)
@@ -128,7 +128,7 @@ def reencode(model: Any, z: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     return model.encode(blend(model.decode(z).clamp(-1, 1), image, mask, poisson=True))
 
 
-def _push_pull(values, mask):
+def _push_pull(values: Tensor, mask: Tensor) -> Tensor:
     """A first guess in the hole: means of the known pixels around it, taken from ever coarser images."""
     if min(values.shape[2:]) < 2:
         return (values * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp_min(1) * torch.ones_like(values)

@@ -1,6 +1,6 @@
 """The denoiser's Jacobian J = dD/dx_t, measured: products J v and J^T u, and the whole matrix. Eigenvalues: ldm.linalg.arnoldi."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,10 +67,10 @@ class Jacobian:
         """J as a matrix, see `dense`; for a batch of one."""
         return dense(self.D, self.x_t, self.t, chunk)
 
-    def _difference(self, v):
-        return jvp(self.D, self.x_t, self.t, v, self.x0, self.h, "difference")
+    def _difference(self, v: Tensor) -> Tensor:
+        return jvp(self.D, self.x_t, self.t, v, self.x0, self.h, "difference")  # type: ignore[arg-type]  # any function will do
 
-    def _check(self, name, given, like):
+    def _check(self, name: str, given: Tensor, like: Tensor) -> None:
         if given.shape != like.shape:
             raise ValueError(f"{name} has shape {list(given.shape)}, but this Jacobian takes {list(like.shape)}")
 
@@ -93,7 +93,7 @@ def dense(D: Callable[[Tensor, float], Tensor], x_t: Tensor, t: float, chunk: in
     return torch.cat(rows)
 
 
-def columns_and_rows(J, places, method="forward-ad"):
+def columns_and_rows(J: Jacobian, places: Sequence[tuple[int, int]], method: str = "forward-ad") -> Tensor:
     """What a pixel moves and what moves it, [2, B, C, h, w]: squares of the columns of J and of its rows, summed over the pixel's
     channels.
 

@@ -11,9 +11,10 @@ Only a few shapes are looked at here. Whether all of them fit is for `ldm.weight
 import re
 from functools import cache
 from itertools import count
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ldm.tensor_files import some
+from ldm.tensor_files import Stored, some
 from ldm.util import ROOT, load_config
 
 UNET = "model.diffusion_model."
@@ -47,6 +48,9 @@ OTHER_FILES = [
 ]  # fmt: skip
 
 
+Shapes = dict[str, list[int]]  # of tensors, by name
+
+
 class Signature(NamedTuple):
     """What tells the known U-Nets from each other."""
 
@@ -58,13 +62,13 @@ class Signature(NamedTuple):
     classes: int | None
 
 
-def published_names(stored):
+def published_names(stored: dict[str, Stored]) -> dict[str, Stored]:
     """The tensors of a file by the names of published configs: ADM's files hold the U-Net alone, without a prefix."""
     bare = "time_embed.0.weight" in stored and "input_blocks.0.0.weight" in stored
     return {UNET + name: tensor for name, tensor in stored.items()} if bare else stored
 
 
-def infer_config(path, stored, prediction=None):
+def infer_config(path: str | Path, stored: dict[str, Stored], prediction: str | None = None) -> Path | dict[str, Any]:
     """The config that the tensors of a file belong to: the path of a yaml file, or for an autoencoder a dict.
 
     stored: {name: Stored} as `ldm.tensor_files.index` and `published_names` give it; prediction: "eps", "v" or None, for Stable
@@ -90,24 +94,24 @@ def infer_config(path, stored, prediction=None):
     return stable_diffusion_config(path, signature, prediction)
 
 
-def shapes_of(stored):
+def shapes_of(stored: dict[str, Stored]) -> Shapes:
     return {name: list(tensor.meta.shape) for name, tensor in stored.items()}
 
 
-def unet_signature(shapes):
+def unet_signature(shapes: Shapes) -> Signature:
     """The Signature of the U-Net among the shapes of a file's tensors."""
     blocks = next(i for i in count() if not any(k.startswith(f"{UNET}input_blocks.{i}.") for k in shapes))
     width, in_channels = shapes[UNET + "input_blocks.0.0.weight"][:2]
     context = next((shape[1] for k, shape in shapes.items() if k.startswith(UNET) and k.endswith("attn2.to_k.weight")), None)
     out_channels = shapes.get(UNET + "out.2.weight", [0])[0]
-    classes = shapes.get(UNET + "label_emb.weight", [None])[0]
+    classes = shapes[UNET + "label_emb.weight"][0] if UNET + "label_emb.weight" in shapes else None
     return Signature(in_channels, out_channels, width, blocks, context, classes)
 
 
 @cache
-def known_unets():
+def known_unets() -> dict[Signature, Path]:
     """{Signature: path of the config} of the U-Nets in configs/adm and configs/latent-diffusion, and of the authors' for MNIST."""
-    known = {}
+    known: dict[Signature, Path] = {}
     configs = ROOT / "configs"
     paths = [*configs.glob("adm/*.yaml"), *configs.glob("latent-diffusion/*.yaml"), configs / "mnist/authors-22m.yaml"]
     for path in sorted(paths):
@@ -119,7 +123,7 @@ def known_unets():
     return known
 
 
-def stable_diffusion_config(path, signature, prediction):
+def stable_diffusion_config(path: str | Path, signature: Signature, prediction: str | None) -> Path:
     """The path of the config of a Stable Diffusion v1 or v2 with this U-Net."""
     if (channels := signature.in_channels) != 4:
         kind = OTHER_KINDS.get(channels, "another")
@@ -141,7 +145,7 @@ def stable_diffusion_config(path, signature, prediction):
     return ROOT / f"configs/stable-diffusion/{name}.yaml"
 
 
-def autoencoder_config(shapes):
+def autoencoder_config(shapes: Shapes) -> dict[str, Any]:
     """The config of an autoencoder: everything but the size it was trained at can be read off the shapes of its tensors."""
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     levels = next(i for i in count() if f"encoder.down.{i}.block.0.conv1.weight" not in shapes)

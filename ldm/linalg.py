@@ -161,7 +161,7 @@ def leading_residual(matvec: Callable[[Tensor], Tensor], ritz: Ritz, like: Tenso
     return (torch.complex(real, imaginary) - ritz.values[:, :1] * x).norm(dim=1)
 
 
-def _ritz(hessenberg, m):
+def _ritz(hessenberg: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Ritz values [m] of the first m steps, the largest |.| first, and their residuals [m]."""
     theta, y = torch.linalg.eig(hessenberg[:m, :m])
     order = theta.abs().argsort(descending=True)

@@ -1,6 +1,6 @@
 """The memory that a run will need, before it: the same code on tensors without data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ldm.sampling import ARITHMETIC
+from ldm.constraints import Constraint
+from ldm.sampling import ARITHMETIC, DenoiserLike
 
 FORWARD_AD = 2.4  # memory of a forward-mode product to that of an evaluation: values and tangents, and attention by its formula
 
@@ -18,12 +19,12 @@ FORWARD_AD = 2.4  # memory of a forward-mode product to that of an evaluation: v
 class Live(TorchDispatchMode):
     """Follows the storages that are alive: `peak` is the most bytes there were at a time, each rounded up to 512."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.seen: WeakKeyDictionary = WeakKeyDictionary()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
@@ -31,7 +32,7 @@ class Live(TorchDispatchMode):
                 self.add(storage)
         return out
 
-    def add(self, storage):
+    def add(self, storage: torch.UntypedStorage) -> None:
         size = -(-storage.nbytes() // 512) * 512
         self.now, self.peak = self.now + size, max(self.peak, self.now + size)
         self.seen[storage] = _Freed(self, size)
@@ -40,10 +41,10 @@ class Live(TorchDispatchMode):
 class _Freed:
     """Takes its bytes back when its storage, the key of the dictionary that holds it, is gone."""
 
-    def __init__(self, live, size):
+    def __init__(self, live: Live, size: int):
         self.live, self.size = live, size
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.live.now -= self.size
 
 
@@ -59,7 +60,7 @@ def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
     return live.peak
 
 
-def expected_peak(D, constraint, shape, weights: nn.Module | None = None) -> float:
+def expected_peak(D: DenoiserLike, constraint: Constraint | None, shape: Sequence[int], weights: nn.Module | None = None) -> float:
     """GiB that sampling with J will need at its peak: the weights, x_t, x0, e and J e, and the hungriest of one evaluation
     of D, one product J e (its mode follows the arithmetic of D) and one call of the constraint. On the safe side by up to a fifth.
 

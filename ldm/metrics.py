@@ -170,7 +170,7 @@ def _lpips(device):
     layers = {index: layer for part in network.net.children() for index, layer in part.named_children()}
     for name, tensor in load_file(path).items():
         _, index, kind = name.split(".")
-        getattr(layers[index], kind).data.copy_(tensor)
+        layers[index].get_parameter(kind).data.copy_(tensor)
     return network.to(device).requires_grad_(False)
 
 

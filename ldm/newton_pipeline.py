@@ -10,6 +10,8 @@ those of this repository, which has to be installed (pip install -e .).
 """
 
 import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from torch import Tensor
 
 from ldm.constraints import latent_inpainting
 from ldm.denoisers import LatentDenoiser
@@ -33,8 +36,9 @@ from ldm.images import on_white, open_image
 from ldm.inpainting import blend
 from ldm.masks import check_mask, read_mask, resize_mask
 from ldm.newton_sampler import newton_sampler
+from ldm.sampling import States
 
-METHODS = {"newton": newton_sampler, "fast": fast_sampler}
+SAMPLERS: dict[str, Callable[..., States]] = {"newton": newton_sampler, "fast": fast_sampler}
 
 
 class NewtonConstrainedPipeline(DiffusionPipeline):
@@ -47,9 +51,10 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "x0"]
 
-    def __init__(self, vae, scheduler, unet=None, transformer=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
-                 tokenizer_2=None, text_encoder_3=None, tokenizer_3=None, safety_checker=None, feature_extractor=None,
-                 image_encoder=None, force_zeros_for_empty_prompt=True):  # fmt: skip
+    def __init__(self, vae: Any, scheduler: Any, unet: Any = None, transformer: Any = None, text_encoder: Any = None,
+                 tokenizer: Any = None, text_encoder_2: Any = None, tokenizer_2: Any = None, text_encoder_3: Any = None,
+                 tokenizer_3: Any = None, safety_checker: Any = None, feature_extractor: Any = None, image_encoder: Any = None,
+                 force_zeros_for_empty_prompt: bool = True):  # fmt: skip
         super().__init__()
         self.register_modules(
             vae=vae, scheduler=scheduler, unet=unet, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
@@ -58,7 +63,7 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         from_diffusers(self.plain_pipeline())  # refuses at once what cannot be sampled
 
-    def plain_pipeline(self):
+    def plain_pipeline(self) -> DiffusionPipeline:
         """Diffusers' own pipeline of these components."""
         network = type(self.unet if self.transformer is None else self.transformer).__name__
         names, options = ["vae", "scheduler", "text_encoder", "tokenizer"], {}
@@ -77,51 +82,51 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the network is {network}; known are UNet2DConditionModel, SD3Transformer2DModel and FluxTransformer2DModel"
             )
-        return cls(**{name: getattr(self, name) for name in names}, **options)
+        return cls(**{name: self.components[name] for name in names}, **options)
 
     @property
-    def num_timesteps(self):
+    def num_timesteps(self) -> int:
         return self._num_timesteps
 
     @property
-    def interrupt(self):
+    def interrupt(self) -> bool:
         """A callback that sets `_interrupt` ends the sampling after its step."""
         return self._interrupt
 
     @torch.inference_mode()
     def __call__(
         self,
-        prompt="",                      # a string or a list
-        image=None,                     # PIL images, paths, arrays or tensors in 0 .. 1: one for all, or a list
-        mask_image=None,                # white (1): to be filled in, black (0): kept
-        height=None,                    # in pixels; None: the image's, rounded down to what the network takes
-        width=None,
-        num_inference_steps=20,
-        guidance_scale=3.0,             # classifier-free guidance s, at any value; of Flux the scale that is its input
-        true_cfg_scale=1.0,             # of Flux: classifier-free guidance s
-        negative_prompt=None,
-        num_images_per_prompt=1,
-        method="newton",                # "newton": the paper's loop (ldm.newton_sampler), or "fast": ours (ldm.fast_sampler)
-        newton_steps=5,                 # newton: inner steps at each diffusion step, 2 evaluations each; 0 samples freely
-        lr=(0.5, 0.1),                  # newton: their length in |.|_inf, a number or (first, last) of each diffusion step
-        h=None,                         # finite-difference length; None: by the network's arithmetic
-        eta=None,                       # 0: DDIM, 1: ancestral noise; None: the method's own default
-        seam="poisson",                 # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
-        constraint=None,                # instead of image and mask: a function model -> constraint (ldm/constraints.py)
-        generator=None,                 # one torch.Generator, or a list of one per image
-        latents=None,                   # the noise to start from [B, channels, h, w]
-        output_type="pil",              # "pil", "np", "pt" or "latent"
-        return_dict=True,
-        callback_on_step_end=None,      # (pipe, step, t, {"latents": ...}) -> dict, in which other latents may stand
-        callback_on_step_end_tensor_inputs=("latents",),
-    ):  # fmt: skip
+        prompt: str | Sequence[str] = "",
+        image: Any = None,                          # PIL images, paths, arrays or tensors in 0 .. 1: one for all, or a list
+        mask_image: Any = None,                     # white (1): to be filled in, black (0): kept
+        height: int | None = None,                  # in pixels; None: the image's, rounded down to what the network takes
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 3.0,                # classifier-free guidance s, at any value; of Flux the scale that is its input
+        true_cfg_scale: float = 1.0,                # of Flux: classifier-free guidance s
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        method: str = "newton",                     # "newton": the paper's loop (ldm.newton_sampler), or "fast": ours
+        newton_steps: int = 5,                      # newton: inner steps at each diffusion step, 2 evaluations each; 0: none
+        lr: float | tuple[float, float] = (0.5, 0.1),  # newton: their length in |.|_inf, or (first, last) of each diffusion step
+        h: float | None = None,                     # finite-difference length; None: by the network's arithmetic
+        eta: float | str | None = None,             # 0: DDIM, 1: ancestral noise; None: the method's own default
+        seam: str | float = "poisson",              # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
+        constraint: Callable | None = None,         # instead of image and mask: a function model -> constraint (ldm/constraints.py)
+        generator: Any = None,                      # one torch.Generator, or a list of one per image
+        latents: Tensor | None = None,              # the noise to start from [B, channels, h, w]
+        output_type: str = "pil",                   # "pil", "np", "pt" or "latent"
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,  # (pipe, step, t, {"latents": ...}) -> dict, where other latents may stand
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Images whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. There is no `strength`:
         sampling starts from noise, and the constraint alone holds the known part. ValueError for arguments that do not fit."""
         if method == "paper":
             warnings.warn('method = "paper" is now "newton"', DeprecationWarning, stacklevel=2)
             method = "newton"
-        if method not in METHODS:
-            raise ValueError(f"method = {method!r}: known are {', '.join(map(repr, METHODS))}")
+        if method not in SAMPLERS:
+            raise ValueError(f"method = {method!r}: known are {', '.join(map(repr, SAMPLERS))}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: known are {self._callback_tensor_inputs}")
         plain, device = self.plain_pipeline(), self._execution_device
@@ -131,10 +136,11 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         if constraint is not None and (image is not None or mask_image is not None):
             raise ValueError("constraint was given next to image or mask_image: give either")
         if constraint is None and (image is not None or newton_steps != 0 or method == "fast"):
-            multiple = (model := from_diffusers(plain)).downsampling * model.multiple
-            images, masks = self.read_inputs(image, mask_image, height, width, multiple)
+            own = from_diffusers(plain)
+            images, masks = self.read_inputs(image, mask_image, height, width, own.downsampling * own.multiple)
             height, width = images.shape[2:]
-        model = from_diffusers(plain, size=None if None in (height, width) else (height, width))
+        size = None if height is None or width is None else (height, width)
+        model: Any = from_diffusers(plain, size=size)
         prompt, negative_prompt, images, masks = self.as_batch(num_images_per_prompt, prompt, negative_prompt, images, masks)
         noise = self.read_noise((len(prompt), model.channels, *model.latent_size), generator, latents, device)
 
@@ -148,16 +154,16 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             constraint = constraint(model)
 
         # The sampler.
-        options = {"h": h} | ({} if eta is None else {"eta": eta})
+        options: dict[str, Any] = {"h": h} | ({} if eta is None else {"eta": eta})
         options |= {"newton_steps": newton_steps, "lr": lr} if method == "newton" else {}
         shape = (len(prompt), model.channels, *model.latent_size)
-        states = METHODS[method](D, constraint, shape, steps=num_inference_steps, noise=noise, device=device, **options)
+        states = SAMPLERS[method](D, constraint, shape, steps=num_inference_steps, noise=noise, device=device, **options)
         x_t = self.run(states, num_inference_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         results = x_t if output_type == "latent" else self.finish(plain, model.decode(x_t), images, masks, seam, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(results) if return_dict else (results,)
 
-    def run(self, states, steps, callback, names):
+    def run(self, states: States, steps: int, callback: Callable | None, names: Sequence[str]) -> Tensor:
         """The sampler's steps, with a progress bar; a callback may change x_t or interrupt. Returns the last x_t."""
         self._num_timesteps, self._interrupt = steps, False
         with self.progress_bar(total=steps) as bar:
@@ -178,7 +184,7 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         return x_t
 
     @staticmethod
-    def read_noise(shape, generator, latents, device):
+    def read_noise(shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Callable[[], Tensor]:
         """A function that draws noise of `shape`, the first time `latents` if they were given."""
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}: {list(shape)} is needed")
@@ -187,7 +193,9 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         first = [] if latents is None else [latents.to(device, torch.float32)]
         return lambda: first.pop() if first else randn_tensor(shape, generator, device, torch.float32)
 
-    def read_inputs(self, image, mask_image, height, width, multiple):
+    def read_inputs(
+        self, image: Any, mask_image: Any, height: int | None, width: int | None, multiple: int
+    ) -> tuple[Tensor, Tensor]:
         """Images [n, 3, H, W] in -1 .. 1 and masks [m, 1, H, W], 1 where known, with H and W multiples of `multiple`. Files and PIL
         images are read as everywhere (ldm/images.py, ldm/masks.py); arrays and tensors of a mask are 1 where it is filled in."""
         for name, value in {"image": image, "mask_image": mask_image}.items():
@@ -208,9 +216,15 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         return images.to(self._execution_device, torch.float32), known.to(self._execution_device, torch.float32)
 
     @staticmethod
-    def as_batch(each, prompt, negative_prompt, image, mask):
+    def as_batch(
+        each: int,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None,
+        image: Tensor | None,
+        mask: Tensor | None,
+    ) -> Iterable[Any]:
         """The four with one row for each result: `each` for each prompt, or for each image where these are more."""
-        given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "mask_image": mask}
+        given: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "mask_image": mask}
         given = {name: [x] if isinstance(x, str) else x for name, x in given.items()}
         for name in ("prompt", "negative_prompt"):
             if not isinstance(given[name], (list, tuple)) and (given[name] is not None or name == "prompt"):
@@ -225,24 +239,32 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
                 given[name] = x.expand(batch, *x.shape[1:]).repeat_interleave(each, 0)
         return given.values()
 
-    def finish(self, plain, images, image, mask, seam, output_type):
+    def finish(
+        self,
+        plain: DiffusionPipeline,
+        images: Tensor,
+        image: Tensor | None,
+        mask: Tensor | None,
+        seam: str | float,
+        output_type: str,
+    ) -> Any:
         """Decoded images with the known pixels put back, past the safety checker if there is one, in the form asked for."""
         images = images.clamp(-1, 1)
-        if image is not None:
+        if image is not None and mask is not None:
             images = blend(images, image, mask, **({"poisson": True} if seam == "poisson" else {"feather": seam}))
         safe = None
-        if getattr(plain, "safety_checker", None) is not None:
+        if plain.components.get("safety_checker") is not None:
             images, flagged = plain.run_safety_checker(images, images.device, self.vae.dtype)
             safe = [not flag for flag in flagged]  # a flagged image comes back black
         return plain.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)
 
 
-def entries(x):
+def entries(x: Any) -> list[Any]:
     """A list, or the entries of a batch [B, ...], or the one thing that is given, as a list."""
     return list(x) if isinstance(x, (list, tuple)) or isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim == 4 else [x]
 
 
-def as_pil(x):
+def as_pil(x: Any) -> Any:
     """A file, a PIL image or an array of bytes [H, W, 3] as an upright RGB image, on white; other arrays and tensors as given."""
     if isinstance(x, np.ndarray) and x.dtype == np.uint8:
         x = Image.fromarray(x)

@@ -3,7 +3,7 @@
 Graikos, Jojic, Samaras, "Fast constrained sampling in pre-trained diffusion models", NeurIPS 2025, https://arxiv.org/abs/2410.18804
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -56,7 +56,9 @@ def newton_sampler(
 
 
 @torch.inference_mode()
-def _newton_sampler(run: Run, constraint, lengths, h, eta, mode):
+def _newton_sampler(
+    run: Run, constraint: Constraint | None, lengths: list[float], h: float | None, eta: float | str, mode: str | None
+) -> States:
     D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels), start=1):
         x0, residual = D(x_t, now.t), None
@@ -88,7 +90,7 @@ def step_lengths(lr: float | Sequence[float], newton_steps: int) -> list[float]:
     return values
 
 
-def sample(*args: Any, sampler=newton_sampler, **kwargs: Any) -> State:
+def sample(*args: Any, sampler: Callable[..., States] = newton_sampler, **kwargs: Any) -> State:
     """A sampler (`newton_sampler`, or another with its arguments) run to its end: the last State."""
     for state in sampler(*args, **kwargs):  # noqa: B007
         pass

@@ -16,10 +16,10 @@ class NonlinearOperator(Operator):
     def __init__(self, function: Callable[[Tensor], Tensor]):
         self.function = function
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
 
-    def adjoint(self, y):
+    def adjoint(self, y: Tensor) -> Tensor:
         raise ValueError(f"{self} is not linear: it has a derivative (vjp) and no adjoint")
 
     def vjp(self, x: Tensor, v: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class NonlinearOperator(Operator):
                 raise ValueError(f"{self} has no derivative: write it with differentiable functions of torch")
             return torch.autograd.grad(y, x, v.clone())[0]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "A"
 
 
@@ -45,14 +45,14 @@ class NonlinearConstraint(Constraint):
         self.A, self.pixels = A, LinearConstraint(A, y)  # whose y, count and rms are needed, not its adjoint
         self.y, self.count, self.batch = y, self.pixels.count, len(y)
 
-    def __call__(self, x0):
+    def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         derivative, r = self.linearised(x0)
         return derivative.adjoint(r), self.pixels.rms(r)
 
-    def residual(self, x0):
+    def residual(self, x0: Tensor) -> Tensor:
         return self.pixels.residual(x0)
 
-    def linearised(self, x0):
+    def linearised(self, x0: Tensor) -> "tuple[_Derivative, Tensor]":
         """(A' at x0, r = y - A(x0)). A product with A' is a difference of A, one with its adjoint a vjp."""
         r = self.pixels.difference(x0)
         return _Derivative(self.A, x0, self.y - r), r
@@ -61,15 +61,15 @@ class NonlinearConstraint(Constraint):
 class _Derivative:
     """A'(x), given A(x): A' w ~ (A(x + s w) - A(x)) / s, |s w|_inf a hundredth of the images' range."""
 
-    def __init__(self, A, x, Ax, h=0.02):
+    def __init__(self, A: NonlinearOperator, x: Tensor, Ax: Tensor, h: float = 0.02):
         self.A, self.x, self.Ax, self.h, self.variance = A, x, Ax, h, A.variance
 
-    def __call__(self, w):
+    def __call__(self, w: Tensor) -> Tensor:
         s = self.h / max_norm(w).clamp_min(1e-30)
         difference = self.A(self.x + s * w) - self.Ax
         return difference / s.view(-1, *[1] * (difference.ndim - 1))
 
-    def adjoint(self, u):
+    def adjoint(self, u: Tensor) -> Tensor:
         return self.A.vjp(self.x, u)
 
 
@@ -91,7 +91,7 @@ def fourier_amplitude(oversampling: float = 2.0) -> NonlinearOperator:
     if not oversampling >= 0:
         raise ValueError(f"oversampling = {oversampling}: give a number >= 0")
 
-    def amplitude(x):
+    def amplitude(x: Tensor) -> Tensor:
         height, width = (int(oversampling / 8 * n) for n in x.shape[2:])
         padded = torch.nn.functional.pad((x + 1) / 2, (width, width, height, height))
         return torch.fft.fftshift(torch.fft.fft2(padded, norm="ortho"), dim=(-2, -1)).abs()

@@ -1,5 +1,6 @@
 """What ldm.evaluate runs at one command: the rows of a preset, and of lists of values."""
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from ldm.util import ROOT
 LISTS = ("task", "method", "budget", "runs", "guidance", "precision", "lr", "steps", "newton_steps")  # may be [a, b, ...]
 
 
-def presets():
+def presets() -> list[str]:
     """The names of the tables in configs/evaluate."""
     return sorted(path.stem for path in (ROOT / "configs/evaluate").glob("*.yaml"))
 
 
-def preset_words(preset, quick=False):
+def preset_words(preset: str, quick: bool = False) -> list[list[str]]:
     """The words key=value of each row of a preset, a name or a yaml file: its `common` settings, for each of its `tasks` with each
     of its `methods`, all of them mappings of settings. quick: each task with one of the methods in turn, on the shipped model that
     the preset names, with two images, one run and three diffusion steps. ValueError for other files."""
@@ -34,7 +35,7 @@ def preset_words(preset, quick=False):
     return [[f"{key}={value}" for key, value in row.items()] for row in rows]
 
 
-def sweep(words):
+def sweep(words: Sequence[str]) -> list[tuple[list[str], tuple[str, ...]]]:
     """[(words, the keys with a list)] for every combination of the values in lists, lr=[.05,.1,.2] budget=[44,220]: words with
     single values. ValueError for an empty list."""
     texts = split_words(words)

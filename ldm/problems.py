@@ -34,28 +34,28 @@ class Problem:
     sigma_y: float = 0.0
     on_latents: bool = False
 
-    def __call__(self, size):
+    def __call__(self, size: int) -> Operator:
         return self.make(size)
 
 
-def scaled(length, size):
+def scaled(length: float, size: int) -> float:
     """A length of the papers' images, in pixels at another size."""
     return length * size / PAPERS_SIZE
 
 
-def rectangle(size, side):
+def rectangle(size: int, side: int) -> Mask:
     """All but the middle side x side pixels are known."""
     first = (size - side) // 2
     return Mask(make_mask((first, first, side, side), (size, size)))
 
 
-def missing(size, fraction):
+def missing(size: int, fraction: float) -> Mask:
     """Exactly this fraction of the pixels is missing, at random places, the same in all channels and images."""
     order = torch.rand(size * size, generator=torch.Generator().manual_seed(0)).argsort()
     return Mask((order >= int(fraction * size * size)).float().view(1, 1, size, size))
 
 
-def motion_blur(size):
+def motion_blur(size: int) -> Operator:
     """Convolution with a random motion kernel of 61 x 61 pixels, edges reflected. The kernel is deepinv's (MotionBlurGenerator at
     its defaults, seed 0), the papers draw theirs by another generator."""
     try:

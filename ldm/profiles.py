@@ -6,6 +6,7 @@ D = denoiser(model, p.prompts, p.guidance)
 state = sample(D, constraint, shape, p.seeds, **p.sampler)
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -84,7 +85,15 @@ class Profile:
         return {name: value for name, value in asdict(self).items() if name in ("steps", "newton_steps", "lr", "eta")}
 
 
-def profile(model, task: str, prompts=None, seeds=None, count=None, words=None, **given) -> Profile:
+def profile(
+    model: Any,
+    task: str,
+    prompts: str | Sequence[str] | None = None,
+    seeds: int | str | Sequence[int] | None = None,
+    count: int | None = None,
+    words: Sequence[str] | None = None,
+    **given: Any,
+) -> Profile:
     """The settings for `model` (of `load_model` or `from_diffusers`) and `task`, a key of PAPER: "inpainting", "super-resolution",
     "style" or "convergence".
 
@@ -119,7 +128,9 @@ def profile(model, task: str, prompts=None, seeds=None, count=None, words=None, 
     return Profile(name, task, model.image_size * model.downsampling, texts, seeds, **settings)
 
 
-def denoiser(model, prompts="", guidance: float = 1.0, negative_prompts=None) -> Denoiser:
+def denoiser(
+    model: Any, prompts: str | Sequence[str] = "", guidance: float = 1.0, negative_prompts: str | Sequence[str] | None = None
+) -> Denoiser:
     """D of a model for prompts (one per sample, or one for all), or of an unconditional one, for which they are all empty."""
     conditional = model.conditioning_key is not None if isinstance(model, DDPM) else KINDS[kind_of(model)].text
     if conditional:
@@ -129,7 +140,7 @@ def denoiser(model, prompts="", guidance: float = 1.0, negative_prompts=None) ->
     return Denoiser(model.network, model.schedule, model.parameterization, model)
 
 
-def kind_of(model) -> str:
+def kind_of(model: Any) -> str:
     """The key of KINDS that a model belongs to, by its class, its size and the width of its text."""
     size = model.image_size * model.downsampling
     if isinstance(model, LatentDiffusion):

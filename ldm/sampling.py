@@ -32,8 +32,8 @@ ARITHMETIC = {
     "bfloat16": Arithmetic(0.3, "forward-ad"),
 }
 
-
-H = {getattr(torch, name): ARITHMETIC[name].h for name in ("float64", "float32", "float16", "bfloat16")}  # its old form
+H = {dtype: ARITHMETIC[str(dtype).removeprefix("torch.")].h
+     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}  # its old form  # fmt: skip
 
 
 @runtime_checkable
@@ -83,14 +83,14 @@ class CountedDenoiser(DenoiserLike):
         self.D, self.schedule, self.calls = D, D.schedule, 0
 
     @property
-    def arithmetic(self):
+    def arithmetic(self) -> str:
         return self.D.arithmetic
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.D.device
 
-    def __call__(self, x_t, t):
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
         self.calls += 1
         return self.D(x_t, t)
 
@@ -175,7 +175,7 @@ def begin(
     D: DenoiserLike,
     shape: Sequence[int],
     seeds: Sequence[int] | None,
-    grid: Callable[[], Sequence[Level]],
+    default: Callable[[], Sequence[Level]],
     *,
     levels: Sequence[Level] | None = None,
     noise: Callable[[], Tensor] | None = None,
@@ -183,9 +183,9 @@ def begin(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """The counting D, the levels to visit (those of `grid` if None), the noise and the first x_t of a run: see `Common`.
+    """The counting D, the levels to visit (those of `default` if None), the noise and the first x_t of a run: see `Common`.
     ValueError or TypeError for what does not fit."""
-    counted, levels = CountedDenoiser(D), list(grid() if levels is None else levels)
+    counted, levels = CountedDenoiser(D), list(default() if levels is None else levels)
     if callable(seeds):
         warnings.warn("seeds is a function: give it as noise=", DeprecationWarning, stacklevel=3)
         seeds, noise = None, seeds

@@ -7,7 +7,7 @@ them.
 
 from abc import ABC, abstractmethod
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,9 @@ class Level(NamedTuple):
 CLEAN = Level(None, 1.0, 0.0)  # type: ignore[arg-type]
 
 
-def make_beta_schedule(schedule, n_timestep, linear_start=1e-4, linear_end=2e-2, cosine_s=8e-3):
+def make_beta_schedule(
+    schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+) -> Tensor:
     """The variances beta_t by the names of published LDM configs, as a float64 tensor [n_timestep].
 
     "linear" is linear in sqrt(beta) (Stable Diffusion's "scaled linear"), "sqrt_linear" is linear in beta (Ho et al. 2020),
@@ -128,15 +130,15 @@ class DiffusionSchedule(Schedule):
     betas: [T], the variances the network was trained with.
     """
 
-    def __init__(self, betas):
+    def __init__(self, betas: Tensor | Sequence[float]):
         self.alphas_cumprod = torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), dim=0)  # [T]
         self._abar: list[float] = self.alphas_cumprod.tolist()
         self.resolution = min(len(self), 1000)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
-    def level(self, t):
+    def level(self, t: float) -> Level:
         """The level at the integer time t in 0 .. T-1. Raises ValueError elsewhere."""
         if int(t) != t or not 0 <= t < len(self):
             raise ValueError(f"t = {t}: this schedule has the integer times 0 .. {len(self) - 1}")
@@ -154,7 +156,7 @@ class DiffusionSchedule(Schedule):
         beta = 1 - (abar[s] / abar[s - 1] if s else abar[s])
         return beta**0.5 * to.sigma / now.sigma
 
-    def levels(self, steps, spacing="trailing"):
+    def levels(self, steps: int, spacing: str = "trailing") -> list[Level]:
         """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`.
 
         spacing: "trailing" T-1, T-1-T/steps, ... (starts at pure noise, Lin et al. 2023) or
@@ -170,7 +172,9 @@ class DiffusionSchedule(Schedule):
             raise ValueError(f'spacing = {spacing!r}: known are "trailing" and "leading"')
         return [self.level(t) for t in times] + [CLEAN]
 
-    def random_times(self, n, generator, mean=None, std=1.4, uniform=0.1):
+    def random_times(
+        self, n: int, generator: torch.Generator, mean: float | None = None, std: float = 1.4, uniform: float = 0.1
+    ) -> Tensor:
         """n times for training, [n] int64: uniform, or (`mean` is given) log(sigma / alpha) normal with that mean and `std`.
 
         The log-normal times of Karras et al. 2022 spend the training where the image is decided, instead of on nearly pure noise,
@@ -183,7 +187,7 @@ class DiffusionSchedule(Schedule):
         chosen = torch.searchsorted((1 / self.alphas_cumprod - 1).sqrt(), ratio).clamp_max(len(self) - 1)
         return torch.where(torch.rand(n, generator=generator) < uniform, times, chosen)
 
-    def add_noise(self, x0, t, noise):
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t = alpha_t x_0 + sigma_t noise for training: integer times t [B], each sample its own. Returns (x_t, alpha, sigma),
         alpha and sigma of shape [B, 1, 1, ...] in x0's dtype."""
         levels = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()]).to(x0.dtype)
@@ -194,33 +198,33 @@ class DiffusionSchedule(Schedule):
 class FlowSchedule(Schedule):
     """Rectified flow (Liu et al. 2023): sigma = t / scale, alpha = 1 - sigma, for t in (0, scale].
 
-    shift  s of Esser et al. 2024, sigma <- s sigma / (1 + (s - 1) sigma): more steps at high noise for large pictures
+    shift  s of Esser et al. 2024, sigma <- s sigma / (1 + (s - 1) sigma): more steps at high noise for large images
     scale  of the time as the network takes it: 1, or 1000 for networks with the time embedding of diffusion models
     """
 
-    def __init__(self, shift=1.0, scale=1.0):
+    def __init__(self, shift: float = 1.0, scale: float = 1.0):
         self.shift = shift
         self.scale = scale
 
-    def level(self, t):
+    def level(self, t: float) -> Level:
         """The level at the time t in (0, scale]. Raises ValueError elsewhere."""
         if not 0 < t <= self.scale:
             raise ValueError(f"t = {t}: this rectified flow has the times 0 < t <= {self.scale:g}")
         sigma = float(t) / self.scale
         return Level(float(t), 1 - sigma, sigma)
 
-    def levels(self, steps):
+    def levels(self, steps: int) -> list[Level]:
         """The steps + 1 levels that a sampler visits, noisy to clean; the last one is `CLEAN`."""
         if int(steps) != steps or steps < 1:
             raise ValueError(f"steps = {steps}: give a positive integer")
         sigmas = (1 - i / steps for i in range(steps))
         return [self.level(self.scale * (self.shift * s / (1 + (self.shift - 1) * s))) for s in sigmas] + [CLEAN]
 
-    def random_times(self, n, generator):
+    def random_times(self, n: int, generator: torch.Generator) -> Tensor:
         """n times for training, [n] float32: sigma is the sigmoid of a standard normal number (Esser et al. 2024)."""
         return self.scale * torch.sigmoid(torch.randn(n, generator=generator))
 
-    def add_noise(self, x0, t, noise):
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t = alpha_t x_0 + sigma_t noise for training: times t [B], each sample its own. Returns (x_t, alpha, sigma), alpha
         and sigma of shape [B, 1, 1, ...] in x0's dtype."""
         sigma = (t / self.scale).to(x0).view(-1, *[1] * (x0.ndim - 1))

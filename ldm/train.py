@@ -11,7 +11,7 @@ whatever is in it:
     trainer.max_time=00:01:00:00   a time budget of an hour, after which it saves and ends
     init=checkpoints/tiny/unet.safetensors                   fine-tuning
     begin=runs/tiny_unet/last.ckpt --name end training.params.decay_from=9000    the final decay of a run that may go on later
-    data.folder=/path              your own captioned pictures (ldm/data/captioned.py) instead of the config's
+    data.folder=/path              your own captioned images (ldm/data/captioned.py) instead of the config's
 
 Everything is written to runs/<name>/: checkpoints, metrics (one version_N/metrics.csv for each start), sample sheets, and at the
 end weights.safetensors, the averaged weights in float16. The same command after a kill resumes from the last checkpoint.

@@ -4,11 +4,15 @@ A task takes the model and its own settings, and says what the loss of a batch i
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.data.captioned import Encoded, fingerprint
@@ -31,10 +35,20 @@ class Training(pl.LightningModule):
     from the data in advance; ldm/train.py sets both.
     """
 
-    sets, cache = ("",), None
+    sets: Sequence[str] = ("",)
+    cache: Path | None = None
 
     def __init__(
-        self, model, lr=1e-3, weight_decay=0.0, warmup=200, seed=0, betas=(0.9, 0.99), decay=None, decay_from=None, patience=None
+        self,
+        model: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: int = 200,
+        seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        decay: int | None = None,
+        decay_from: int | None = None,
+        patience: int | None = None,
     ):
         super().__init__()
         self.model = model
@@ -42,11 +56,12 @@ class Training(pl.LightningModule):
         self.decay, self.decay_from, self.patience = decay, decay_from, patience
         self.best, self.waited = math.inf, 0  # the lowest held-out loss, and the checks since
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict[str, Any]:
         total = self.trainer.estimated_stepping_batches
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
+        first, second = self.betas  # a list in a config
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, (first, second), weight_decay=self.weight_decay)
 
-        def factor(step):
+        def factor(step: int) -> float:
             if self.decay is None:
                 course = 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
             else:
@@ -56,7 +71,7 @@ class Training(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_validation_end(self):
+    def on_validation_end(self) -> None:
         """Begin the decay where the held-out loss, the mean over the sets, has stopped falling."""
         losses = [value.item() for name, value in self.trainer.callback_metrics.items() if name.startswith("val_loss")]
         if self.patience is None or not losses:
@@ -66,28 +81,28 @@ class Training(pl.LightningModule):
         if self.waited >= self.patience and self.decay_from is None:
             self.decay_from = self.global_step
 
-    def on_train_batch_end(self, *args):
+    def on_train_batch_end(self, *args: Any) -> None:
         if self.decay is not None and self.decay_from is not None and self.global_step >= self.decay_from + self.decay:
             self.trainer.should_stop = True
 
-    def on_save_checkpoint(self, checkpoint):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["course"] = {"best": self.best, "waited": self.waited, "decay_from": self.decay_from}
 
-    def on_load_checkpoint(self, checkpoint):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         course = checkpoint.get("course", {"best": math.inf, "waited": 0, "decay_from": None})
         self.best, self.waited = course["best"], course["waited"]
         self.decay_from = course["decay_from"] if self.decay_from is None else self.decay_from
 
-    def prepare(self, dataset, train):
+    def prepare(self, dataset: Dataset, train: bool) -> Dataset:
         """What the loaders read instead of a dataset (train: the training set, the first one that is prepared)."""
         return dataset
 
-    def log_held_out(self, name, value, which):
+    def log_held_out(self, name: str, value: Tensor, which: int) -> None:
         """Log what was measured on held-out set number `which`, as `name` or, where the sets have names, `name_set`."""
         name = "_".join(filter(None, (name, self.sets[which])))
         self.log(name, value, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
 
-    def generator(self, step):
+    def generator(self, step: int) -> torch.Generator:
         """Random numbers that depend on the step alone, so that a resumed run draws what an uninterrupted one would have."""
         return torch.Generator().manual_seed((self.seed + self.global_rank) * 10_000_019 + step)
 
@@ -101,11 +116,11 @@ class DiffusionTraining(Training):
     times: arguments of the schedule's `random_times`, such as {mean: 0} for log-normal times; {}: the schedule's default.
     """
 
-    def __init__(self, model, weight_cap=1.0, draws=1, times=None, **kwargs):
+    def __init__(self, model: Any, weight_cap: float = 1.0, draws: int = 1, times: dict[str, float] | None = None, **kwargs: Any):
         super().__init__(model, **kwargs)
         self.weight_cap, self.draws, self.times = weight_cap, draws, times or {}
 
-    def loss(self, x0, generator, *conditions):
+    def loss(self, x0: Tensor, generator: torch.Generator, *conditions: Tensor) -> Tensor:
         ddpm = self.model
         t = ddpm.schedule.random_times(len(x0), generator, **self.times).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -115,17 +130,17 @@ class DiffusionTraining(Training):
         weight = (alpha**-2).clamp(max=self.weight_cap) if ddpm.parameterization == "eps" else 1.0
         return (weight * error).mean()
 
-    def held_out_loss(self, i, which, x0, *conditions):
+    def held_out_loss(self, i: int, which: int, x0: Tensor, *conditions: Tensor) -> None:
         """Log the loss of batch i of a held-out set, of the same times and noises at every check."""
         losses = [self.loss(x0, self.generator(-1 - i * self.draws - j), *conditions) for j in range(self.draws)]
         self.log_held_out("val_loss", torch.stack(losses).mean(), which)
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Sequence[Any], _: int) -> Tensor:
         loss = self.loss(batch[0], self.generator(self.global_step))
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i, dataloader_idx=0):
+    def validation_step(self, batch: Sequence[Any], i: int, dataloader_idx: int = 0) -> None:
         self.held_out_loss(i, dataloader_idx, batch[0])
         if i == dataloader_idx == 0 and self.trainer.is_global_zero:
             ddpm = self.model
@@ -139,13 +154,13 @@ class TextToImageTraining(DiffusionTraining):
     """The U-Net of a LatentDiffusion on latents and captions, both encoded in advance by its frozen parts; captions are left
     out with the probability `drop`, for guidance (Ho & Salimans 2022)."""
 
-    def __init__(self, model, drop=0.1, prompts=("",), **kwargs):
+    def __init__(self, model: Any, drop: float = 0.1, prompts: Sequence[str] = ("",), **kwargs: Any):
         super().__init__(model, **kwargs)
         self.drop, self.prompts = drop, list(prompts)
         model.first_stage_model.requires_grad_(False)
         model.cond_stage_model.requires_grad_(False)
 
-    def prepare(self, dataset, train):
+    def prepare(self, dataset: Dataset, train: bool) -> Dataset:
         """The encoded dataset, from the cache if it has been encoded before. The training set's latents set the scale_factor that
         brings them to unit variance, unless the model has begun with another one's."""
         model = self.model
@@ -161,7 +176,7 @@ class TextToImageTraining(DiffusionTraining):
             self.empty = self.model.encode_prompts("")
         return encoded
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Sequence[Any], _: int) -> Tensor:
         z, tokens = batch
         generator = self.generator(self.global_step)
         dropped = torch.rand(len(z), 1, 1, generator=generator).to(z) < self.drop
@@ -169,7 +184,7 @@ class TextToImageTraining(DiffusionTraining):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i, dataloader_idx=0):
+    def validation_step(self, batch: Sequence[Any], i: int, dataloader_idx: int = 0) -> None:
         self.held_out_loss(i, dataloader_idx, *batch)
         if i == dataloader_idx == 0 and self.trainer.is_global_zero:
             model, n = self.model, len(self.prompts)
@@ -187,14 +202,22 @@ class AutoencoderTraining(Training):
     decoder_only: leave the encoder as it is, and so the latents, that a U-Net may have been trained on already.
     """
 
-    def __init__(self, model, kl_weight=1e-5, ssim_weight=0.0, lpips_weight=0.0, decoder_only=False, **kwargs):
+    def __init__(
+        self,
+        model: Any,
+        kl_weight: float = 1e-5,
+        ssim_weight: float = 0.0,
+        lpips_weight: float = 0.0,
+        decoder_only: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(model, **kwargs)
         self.kl_weight, self.ssim_weight, self.lpips_weight = kl_weight, ssim_weight, lpips_weight
         if decoder_only:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Sequence[Any], _: int) -> Tensor:
         generator = self.generator(self.global_step)
         mirrored = torch.rand(len(batch[0]), 1, 1, 1, generator=generator).to(batch[0]) < 0.5
         x = torch.where(mirrored, batch[0].flip(3), batch[0])
@@ -208,7 +231,7 @@ class AutoencoderTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, i, dataloader_idx=0):
+    def validation_step(self, batch: Sequence[Any], i: int, dataloader_idx: int = 0) -> None:
         x = batch[0]
         reconstruction = self.model(x)[0].clamp(-1, 1)
         self.log_held_out("val_psnr", psnr(reconstruction, x).mean(), dataloader_idx)
@@ -221,56 +244,63 @@ class AutoencoderTraining(Training):
 
 
 class ClipTraining(Training):
-    """Radford et al. 2021: each picture finds its own caption among the batch's and the reverse, by cross-entropy. Pictures are
+    """Radford et al. 2021: each image finds its own caption among the batch's and the reverse, by cross-entropy. Images are
     turned, scaled and shifted a little, each in its own way."""
 
-    def __init__(self, model, vocabulary=None, **kwargs):
+    def __init__(self, model: Any, vocabulary: str | None = None, **kwargs: Any):
         super().__init__(model, **kwargs)
         self.tokenizer = bpe_tokenizer(vocabulary)
 
-    def loss(self, images, captions):
+    def loss(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = self.tokenizer(list(captions), self.model.context_length).to(images.device)
         of_image, of_text, scale = self.model(images, ids)
         logits, own = scale * of_image @ of_text.T, torch.arange(len(ids), device=images.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, logits
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Sequence[Any], _: int) -> Tensor:
         images, captions = batch
-        loss, _ = self.loss(jitter(images, self.generator(self.global_step)), captions)
+        loss = self.loss(jitter(images, self.generator(self.global_step)), captions)[0]
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _, dataloader_idx=0):
+    def validation_step(self, batch: Sequence[Any], _: int, dataloader_idx: int = 0) -> None:
         loss, logits = self.loss(*batch)
         accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
         self.log_held_out("val_loss", loss, dataloader_idx)
         self.log_held_out("val_accuracy", accuracy, dataloader_idx)
 
 
-def jitter(images, generator, turn=0.15, scale=0.15, shift=0.1, padding="border"):
+def jitter(
+    images: Tensor,
+    generator: torch.Generator,
+    turn: float = 0.15,
+    scale: float = 0.15,
+    shift: float = 0.1,
+    padding: str = "border",
+) -> Tensor:
     """Images [B, C, H, W], each turned by up to `turn` radians, scaled and shifted (fractions of the size), the border extended or
     (padding="zeros") zeros around."""
     most = torch.tensor([[turn], [scale], [shift], [shift]])
     angle, zoom, dx, dy = most * (2 * torch.rand(4, len(images), generator=generator) - 1)
     cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
     theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], dim=1).view(-1, 2, 3).to(images)
-    places = F.affine_grid(theta, images.shape, align_corners=False)
+    places = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, places, padding_mode=padding, align_corners=False)
 
 
 class ClassifierTraining(Training):
     """Cross-entropy on digits shifted by up to two pixels."""
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Sequence[Any], _: int) -> Tensor:
         x, y = batch
         dy, dx = torch.randint(-2, 3, (2,), generator=self.generator(self.global_step)).tolist()
         loss = F.cross_entropy(self.model(x.roll((dy, dx), dims=(2, 3))), y)
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _, dataloader_idx=0):
+    def validation_step(self, batch: Sequence[Any], _: int, dataloader_idx: int = 0) -> None:
         x, y = batch
         self.log_held_out("val_accuracy", (self.model(x).argmax(1) == y).float().mean(), dataloader_idx)
 
@@ -279,7 +309,7 @@ class JudgeTraining(Training):
     """Cross-entropy of the name, with smoothed labels, and of the category. Images are disturbed in other ways than those of
     ClipTraining. Of held-out names the category alone can be right."""
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: Sequence[Any], _: int) -> Tensor:
         images, names, categories = batch
         name, category = self.model(disturb(images, self.generator(self.global_step)))
         own, of = self.labels(names, categories)
@@ -287,23 +317,23 @@ class JudgeTraining(Training):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _, dataloader_idx=0):
+    def validation_step(self, batch: Sequence[Any], _: int, dataloader_idx: int = 0) -> None:
         images, names, categories = batch
         name, category = self.model(images)
         own, of = self.labels(names, categories)
         right = name.topk(5).indices == own[:, None]
-        measured = {"val_top_1": right[:, 0], "val_top_5": right.any(1), "val_category": category.argmax(1) == of}
-        for key, values in measured.items():
+        scores = {"val_top_1": right[:, 0], "val_top_5": right.any(1), "val_category": category.argmax(1) == of}
+        for key, values in scores.items():
             self.log_held_out(key, values.float().mean(), dataloader_idx)
 
-    def labels(self, names, categories):
+    def labels(self, names: Sequence[str], categories: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Their places in the model's lists; of a name that is not there, -100, which no loss counts."""
         place = {name: i for i, name in enumerate(self.model.names)}
         own, of = [place.get(name, -100) for name in names], [self.model.categories.index(c) for c in categories]
         return torch.tensor(own, device=self.device), torch.tensor(of, device=self.device)
 
 
-def disturb(images, generator):
+def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] on white, each in its own way: mirrored, turned, scaled and shifted with white around,
     blurred, and with brightness, contrast, saturation and a little of the hue changed."""
     n = len(images)

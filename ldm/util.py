@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from os import PathLike
@@ -67,10 +67,10 @@ def get_obj_from_str(string: str) -> Any:
         raise ValueError(f"target = {string!r} in the config cannot be imported: {error}") from error
 
 
-def moved(old, new, names):
+def moved(old: str, new: str, names: str) -> Callable[[str], Any]:
     """The `__getattr__` of a module `old` for the names (one string, separated by spaces) that are in the module `new` by now."""
 
-    def find(name):
+    def find(name: str) -> Any:
         if name not in names.split():
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         warnings.warn(f"{old}.{name} is now {new}.{name}", DeprecationWarning, stacklevel=2)
@@ -96,7 +96,7 @@ def instantiate_from_config(config: Mapping[str, Any] | DictConfig, **overrides:
         raise ValueError(f"{config['target']} has no argument {wrong[1]}: {suggestion(wrong[1], known)}") from error
 
 
-def argument_names(build):
+def argument_names(build: Callable) -> list[str]:
     """The names of a function's arguments, or of a class's and of those classes that its **kwargs go to."""
     classes = [c for c in inspect.getmro(build) if "__init__" in vars(c)] if inspect.isclass(build) else [build]
     parameters = [p for c in classes if c is not object for p in inspect.signature(c).parameters.values()]

@@ -133,6 +133,6 @@ def posterior(gaussian, A, y, sigma_y, alpha=0.0, sigma=1.0, x_t=None):
         gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(64, dtype=torch.float64))
         mean, cov = mean + gain @ (x_t.flatten() - alpha * mean), cov - alpha * gain @ cov
     dense = matrix(A)
-    measured = y.flatten()[A.measured(torch.ones_like(y)).flatten() > 0]
+    given = y.flatten()[A.measured(torch.ones_like(y)).flatten() > 0]
     gain = cov @ dense.T @ torch.linalg.inv(dense @ cov @ dense.T + sigma_y**2 * torch.eye(len(dense), dtype=torch.float64))
-    return mean + gain @ (measured - dense @ mean), cov - gain @ dense @ cov
+    return mean + gain @ (given - dense @ mean), cov - gain @ dense @ cov

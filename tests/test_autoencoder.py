@@ -300,7 +300,7 @@ def test_the_step_between_two_tiles_becomes_a_ramp_over_their_overlap():
     assert max(out.diff(dim=2).abs().max(), out.diff(dim=3).abs().max()) <= 1 / 8 + 1e-6
 
 
-def test_tiling_changes_nothing_where_the_picture_fits_or_it_is_off():
+def test_tiling_changes_nothing_where_the_image_fits_or_it_is_off():
     model, x, z = small(), randn(1, 3, 16, 24), randn(1, 4, 8, 12)
     encoded, decoded = model.encode(x).mean, model.decode(z)
     for size in (24, 512, None):
@@ -340,7 +340,7 @@ def test_wrong_shapes_are_named(method, shape, message):
         getattr(small(ch_mult=(1, 1, 1)), method)(torch.zeros(shape))
 
 
-def test_integer_pictures_are_refused():
+def test_integer_images_are_refused():
     with pytest.raises(ValueError, match="x has dtype torch.uint8"):
         small().encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 

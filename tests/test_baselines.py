@@ -21,7 +21,7 @@ def psld_on_pixels(D, constraint, *args, **kwargs):
 
 
 # method, settings for few steps, forward and backward evaluations of D
-METHODS = {
+CASES = {
     "dps": (dps, dict(steps=6), 6, 6),
     "gradient steps": (gradient_steps, dict(steps=3, gradient_steps=2), 9, 6),
     "mpgd": (mpgd, dict(steps=6), 6, 0),
@@ -32,9 +32,9 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=CASES)
 def method(request):
-    return METHODS[request.param]
+    return CASES[request.param]
 
 
 class Counting(DenoiserLike):
@@ -129,10 +129,10 @@ def test_bias_on_a_gaussian(gaussian, name):
     settings = settings | (dict(sigma_y=sigma_y) if function in (ddnm, diffpir) else {})
     x_t = last(function(gaussian, constraint, (n, 1, 8, 8), range(n), dtype=torch.float64, **settings)).x_t
     found = x_t.flatten(1)[:, UNKNOWN]
-    measured = ((found.mean(0) - mean[UNKNOWN]).square().mean().sqrt(), found.var(0).mean() / cov.diagonal()[UNKNOWN].mean(),
+    figures = ((found.mean(0) - mean[UNKNOWN]).square().mean().sqrt(), found.var(0).mean() / cov.diagonal()[UNKNOWN].mean(),
                 constraint(x_t)[1].mean())  # fmt: skip
-    for value, (low, high) in zip(measured, (error, ratio, residual), strict=True):
-        assert low <= value <= high, [m.item() for m in measured]
+    for value, (low, high) in zip(figures, (error, ratio, residual), strict=True):
+        assert low <= value <= high, [m.item() for m in figures]
 
 
 @pytest.mark.parametrize("function, wrong, words", [

@@ -1,4 +1,4 @@
-"""Captioned pictures: folders with all their faults, encoding in advance, and a text-to-image training from end to end."""
+"""Captioned images: folders with all their faults, encoding in advance, and a text-to-image training from end to end."""
 
 import warnings
 
@@ -23,16 +23,16 @@ AUTOENCODER = {"embed_dim": 4, "ddconfig": {"double_z": True, "z_channels": 4, "
 TEXT = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
-def picture(path, size=(16, 16), mode="RGB", color="red", **options):
+def write_image(path, size=(16, 16), mode="RGB", color="red", **options):
     Image.new(mode, size, color).save(path, **options)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, color in enumerate(("red", "green", "blue", "white")):
-        picture(folder / f"{color}.png", (16 + 4 * i, 16), color=color)
+        write_image(folder / f"{color}.png", (16 + 4 * i, 16), color=color)
         (folder / f"{color}.txt").write_text(f"a {color} square\n")
     return folder
 
@@ -51,10 +51,10 @@ def test_a_folder_with_a_table(folder):
     assert data[0][1] == "blue" and data.captions == ["blue"]
 
 
-def test_converted_pictures(folder):
-    """Grey, palette, transparent (on white) and 16-bit pictures, and one on its side."""
+def test_converted_images(folder):
+    """Grey, palette, transparent (on white) and 16-bit images, and one on its side."""
     for mode in ("L", "P", "LA"):
-        picture(folder / f"a{mode}.png", mode=mode, color=(0, 0) if mode == "LA" else 0)
+        write_image(folder / f"a{mode}.png", mode=mode, color=(0, 0) if mode == "LA" else 0)
         (folder / f"a{mode}.txt").write_text("dark")
     Image.fromarray(np.zeros((16, 16), np.uint16)).save(folder / "b.png")
     (folder / "b.txt").write_text("dark")
@@ -64,13 +64,13 @@ def test_converted_pictures(folder):
 
 
 @pytest.mark.parametrize("fault", ["broken", "text", "tiny", "no caption"])
-def test_faulty_pictures_are_named_and_left_out(folder, fault):
+def test_faulty_images_are_named_and_left_out(folder, fault):
     bad = folder / "bad.png"
-    picture(bad, (8, 16) if fault == "tiny" else (64, 64))
+    write_image(bad, (8, 16) if fault == "tiny" else (64, 64))
     if fault == "broken":
         bad.write_bytes(bad.read_bytes()[:60])
     if fault == "text":
-        bad.write_text("not a picture")
+        bad.write_text("not an image")
     if fault != "no caption":
         (folder / "bad.txt").write_text("bad")
     with pytest.warns(UserWarning, match=r"bad\.png is left out: "):
@@ -95,7 +95,7 @@ def test_an_item_is_one_of_its_group():
     assert len(data) == 2 and data[0] == 0 and {data[1] for _ in range(50)} == {1, 2, 3}
 
 
-def test_encoded_pictures_are_the_picture_s_and_its_mirror_s(folder):
+def test_encoded_images_are_the_image_s_and_its_mirror_s(folder):
     data = CaptionedFolder(folder, 16)
     data.images[0, :, :, :8] = 0
     encoded = Encoded(data, lambda x: x[:, :, ::4, ::4], lambda texts: torch.tensor([[[len(t)]] for t in texts]).float(), batch=2)
@@ -154,7 +154,7 @@ def test_transparency_becomes_white(tmp_path):
     assert x.shape == (64, 64, 3) and x[10, 60].tolist() == [255] * 3 and x[10, 10].tolist() == [0, 0, 255]
 
 
-def test_jitter_is_of_each_picture_and_seeded():
+def test_jitter_is_of_each_image_and_seeded():
     x = torch.randn(4, 3, 16, 16)
     a, b = (jitter(x, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == x.shape and not torch.allclose(a, x, atol=0.1)
@@ -174,7 +174,7 @@ def config(folder, parameterization, **trainer):
         "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": model},
         "parts": {"first_stage_model.": {"path": str(folder / "autoencoder.safetensors")},
                   "cond_stage_model.model.": {"path": str(folder / "clip.safetensors"), "without": "visual."}},
-        "data": {"folder": str(folder / "pictures"), "size": 16},
+        "data": {"folder": str(folder / "images"), "size": 16},
         "training": {"target": "ldm.training.TextToImageTraining", "params": {"warmup": 1, "prompts": ["a red square"]}},
         "batch_size": 2,
         "trainer": {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
@@ -196,13 +196,13 @@ def test_text_to_image_training(folder, tmp_path, parameterization):
         weights = train(spec, tmp_path / "run")
     assert list((tmp_path / "run").glob("samples_*.png"))
     model = load_model(weights, spec, device="cpu")
-    data = CaptionedFolder(tmp_path / "pictures", 16)
+    data = CaptionedFolder(tmp_path / "images", 16)
     z = model.encode(torch.cat([torch.stack([data[i][0] for i in range(3)])] * 2))
     assert abs(torch.cat([z, model.encode(data[0][0][None].flip(3))]).std() - 1) < 0.3
     torch.testing.assert_close(model.first_stage_model.state_dict(), autoencoder.state_dict())
     state = sample(LatentDenoiser(model, "a red square", guidance=2.0), None, (1, 4, 8, 8), [0], steps=3)
     assert state.nfe == 3 and model.decode(state.x_t).shape == (1, 3, 16, 16)
-    # Fine-tuning begins with those weights and their scale_factor, whatever the new pictures' latents are like.
+    # Fine-tuning begins with those weights and their scale_factor, whatever the new images' latents are like.
     model.scale_factor *= 2
     save_weights(model, tmp_path / "begin.safetensors", torch.float32, without=tuple(spec["parts"]))
     spec["init"], spec["training"]["params"]["lr"] = str(tmp_path / "begin.safetensors"), 0.0

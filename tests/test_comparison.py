@@ -129,13 +129,13 @@ def test_memory_of_a_step():
 # ---- measures
 
 
-def test_kid_of_all_pictures_is_torchmetrics_s():
+def test_kid_of_all_images_is_torchmetrics_s():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(40, 16, generator=generator), torch.randn(40, 16, generator=generator) + 0.3
     parts = kernel_parts(a, b)
     assert kid(parts) == pytest.approx(kernel_distance(a, b, subsets=1, subset_size=40)[0], rel=1e-4)
     assert kid(kernel_parts(a[:30], b)) == pytest.approx(kid(parts, torch.arange(30)))
-    twice = torch.tensor([0, 0, 1, 2])  # picture 0 is not paired with itself
+    twice = torch.tensor([0, 0, 1, 2])  # image 0 is not paired with itself
     k = parts.within
     pairs = [k[i, j] for p, i in enumerate(twice) for q, j in enumerate(twice) if i != j]
     assert kid(parts, twice) == pytest.approx((sum(pairs) / len(pairs) - 2 * parts.across[twice].mean()).item() + parts.reference)

@@ -49,7 +49,7 @@ def latents(n=2, seed=0):
     return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(n=2, seed=0):
+def some_images(n=2, seed=0):
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -85,7 +85,7 @@ def test_the_encoder_s_difference_is_the_encoder_s_derivative(codec):
 def test_samples_do_not_mix_in_any_constraint(codec):
     A, y, z = downsample((32, 32), 4), torch.rand(3, 3, 8, 8), latents(3)
     features = lambda x: x.flatten(2).transpose(1, 2)  # noqa: E731
-    reference = pictures(3)
+    reference = some_images(3)
     make = {
         "decoded": lambda i: DecodedConstraint(codec.decode, A, y[i]),
         "encoder": lambda i: EncoderConstraint(codec.decode, codec.encode, A, y[i]),
@@ -109,7 +109,7 @@ def test_losses_are_differentiated_and_have_one_number_per_sample():
 
 
 def test_the_gram_distance_is_zero_at_the_reference_and_takes_one_for_all():
-    x = pictures(2)
+    x = some_images(2)
     features = lambda x: torch.stack([x.flatten(2)[:, 0], x.flatten(2).mean(1)], -1)  # noqa: E731
     assert gram(features(x)).shape == (2, 2, 2)
     assert torch.allclose(gram(features(x))[0, 0, 1], (x[0, 0] * x[0].mean(0)).mean())
@@ -118,14 +118,14 @@ def test_the_gram_distance_is_zero_at_the_reference_and_takes_one_for_all():
     for_all = gram_distance(features, lambda z: z, x[:1])
     assert for_all(x)[0] < 1e-6 < for_all(x)[1]
     with pytest.raises(ValueError, match="reference has 2 images, but x0 has 3 samples"):
-        distance(pictures(3))
+        distance(some_images(3))
     with pytest.raises(ValueError, match="reference is torch.uint8"):
         gram_distance(features, None, torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 
 
 def test_latent_inpainting_hides_the_hole_from_the_encoder(codec):
     """What lies in the hole changes nothing; only whole known cells are measured; whole=True encodes everything."""
-    image, mask = pictures(), make_mask((0, 10, 32, 22), (32, 32))
+    image, mask = some_images(), make_mask((0, 10, 32, 22), (32, 32))
     constraint = latent_inpainting(codec, image, mask)
     other = latent_inpainting(codec, torch.where(mask > 0, image, -image), mask)
     assert torch.equal(constraint.y, other.y)
@@ -186,13 +186,13 @@ def test_clip_s_tokens_are_those_after_the_block():
     clip, seen = randomised(open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)), []
     clip.visual.transformer.resblocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
     mean, std = (0.1, 0.2, 0.3), (0.3, 0.4, 0.5)
-    tokens = ClipVision(clip.visual, 1, 32, mean, std)(pictures())
-    clip.encode_image(((pictures() + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    tokens = ClipVision(clip.visual, 1, 32, mean, std)(some_images())
+    clip.encode_image(((some_images() + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
     assert tokens.shape == (2, 16, 64) and torch.allclose(tokens, seen[-1][:, 1:], atol=1e-5)
     assert ClipVision(clip.visual, 0, 32)(torch.rand(1, 3, 48, 40)).shape == (1, 16, 64)
     with pytest.raises(ValueError, match="block = 3: this CLIP has the blocks 0 to 2"):
         ClipVision(clip.visual, 3)
-    z = pictures().requires_grad_()
+    z = some_images().requires_grad_()
     ClipVision(clip.visual, 1, 32)(z).square().sum().backward()
     assert z.grad.abs().sum() > 0
 

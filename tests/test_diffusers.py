@@ -24,13 +24,13 @@ TEXT = [name for name in FAMILIES if name != "pixels"]
 
 @pytest.fixture(scope="module")
 def pipelines():
-    """Each family once, with its model for the sampler on pictures of 16 x 16 (pixels: 8 x 8)."""
+    """Each family once, with its model for the sampler on images of 16 x 16 (pixels: 8 x 8)."""
     pipes = {family: build(family) for family in FAMILIES}
     return {family: (pipe, from_diffusers(pipe, size=(8, 8) if family == "pixels" else (16, 16))) for family, pipe in pipes.items()}
 
 
 def own_images(family, pipe, steps, x, guidance=2.5, negative_prompts=None):
-    """The pictures [B, C, H, W] in 0 .. 1 of the pipeline's own sampling, from the noise x."""
+    """The images [B, C, H, W] in 0 .. 1 of the pipeline's own sampling, from the noise x."""
     options = dict(num_inference_steps=steps, output_type="pt")
     if family == "pixels":
         return pipe(2, [torch.Generator().manual_seed(seed) for seed in (3, 4)], **options).images
@@ -213,7 +213,7 @@ def test_sizes_come_from_the_configs_and_the_dynamic_shift_from_the_size(pipelin
     assert pipelines["flux"][0].default_sample_size == from_diffusers(pipelines["flux"][0]).image_size
     pipe = pipelines["flux"][0]
     small, large = (from_diffusers(pipe, size=(n, n)) for n in (16, 128))
-    assert small.schedule.levels(4)[2].sigma < large.schedule.levels(4)[2].sigma  # more noise for larger pictures
+    assert small.schedule.levels(4)[2].sigma < large.schedule.levels(4)[2].sigma  # more noise for larger images
     with pytest.raises(ValueError, match=r"x_t has the size \[8, 8\], but the noise levels .* for \[64, 64\]"):
         sample(LatentDenoiser(large, "a cat"), None, (1, 4, 8, 8), [0])
     other = from_diffusers(pipelines["sd"][0], size=(32, 24))  # without a dynamic shift any size goes

@@ -1,4 +1,4 @@
-"""ldm.evaluate: the row of a folder of pictures, on any number of devices, and what it says of wrong arguments."""
+"""ldm.evaluate: the row of a folder of images, on any number of devices, and what it says of wrong arguments."""
 
 import os
 import subprocess
@@ -25,11 +25,11 @@ from ldm.weights import save_weights
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Four held-out pictures of the repository, in four sizes."""
+    """Four held-out images of the repository, in four sizes."""
     monkeypatch.chdir(tmp_path)
     for i, image in enumerate(sample_emoji()[0][:4]):
-        save_image(interpolate(image[None], (64 + i, 70 - i))[0], tmp_path / f"pictures/{i}.png")
-    return tmp_path / "pictures"
+        save_image(interpolate(image[None], (64 + i, 70 - i))[0], tmp_path / f"photos/{i}.png")
+    return tmp_path / "photos"
 
 
 def settings(folder, *more):
@@ -217,13 +217,13 @@ def test_two_devices_give_the_same_row(folder, tmp_path):
 
 
 def test_a_back_propagating_method_on_a_pixel_model(folder, tmp_path):
-    """Grey pictures of 32 x 32, and gradients although Lightning predicts without."""
+    """Grey images of 32 x 32, and gradients although Lightning predicts without."""
     main(settings(folder, "model=mnist", "method=DPS", "task=hole", "limit=3"))
     found = row(tmp_path / "outputs/evaluate/evaluate.csv")
     assert (found["images"], found["nfe_forward"], found["nfe_backward"]) == ("3", "10", "10")
 
 
-def test_pictures_are_cropped_to_their_middle(tmp_path):
+def test_images_are_cropped_to_their_middle(tmp_path):
     image = torch.linspace(-1, 1, 60).view(1, 1, 1, 60).expand(1, 3, 20, 60)
     save_image(image[0], tmp_path / "wide.png")
     assert torch.allclose(load_image(tmp_path / "wide.png", (20, 20), crop=True), image[..., 20:40], atol=0.01)

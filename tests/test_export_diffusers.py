@@ -1,4 +1,4 @@
-"""The shipped models in diffusers' form give what they give here: part by part, and picture by picture."""
+"""The shipped models in diffusers' form give what they give here: part by part, and image by image."""
 
 import sys
 import tempfile
@@ -60,7 +60,7 @@ def test_every_part_is_the_same(both):
         assert (a.t is None and b == a) or torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=1e-6)
 
 
-def test_the_same_pictures(both):
+def test_the_same_images(both):
     """From the same noise: by the model here, by the pipeline as a model for our sampler, and by diffusers itself."""
     ours, pipe = both
     shape, seeds, prompts = (2, 4, 16, 16), [0, 1], ["red apple", "rocket"]

@@ -139,7 +139,7 @@ def test_consistent_measurements_are_met(gaussian, name):
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("fresh", [0.5, 0.85, 1.0])
 def test_without_J_x_s_has_the_noise_of_its_level(schedule, name, fresh):
-    """A D that knows the picture: x_s - alpha_s x_0 has the variance sigma_s^2 in every direction, to 10 % over 4,000 samples. y is
+    """A D that knows the image: x_s - alpha_s x_0 has the variance sigma_s^2 in every direction, to 10 % over 4,000 samples. y is
     as noisy as x_s: unaccounted for, the noise taken from it would add a quarter where A neither weakens nor hides."""
     A, n = OPERATORS[name], 4000
     _, to = schedule.log_levels(5)[:2]
@@ -243,7 +243,7 @@ def test_levels(schedule):
         assert levels[0] == s.levels(1000)[0] and 0.08 < ratios[-2] < 0.13
 
 
-def test_a_flow_starts_without_a_picture(gaussian):
+def test_a_flow_starts_without_an_image(gaussian):
     """alpha = 0 at the first level: no division by it."""
     flow = type(gaussian)(gaussian.mean, gaussian.cov, FlowSchedule())
     constraint = known(draw(gaussian, 8), half_mask())

@@ -28,7 +28,7 @@ def problem(D, A, n, sigma_y=0.0, dtype=torch.float64):
 
 
 # package, method, settings, forward and backward evaluations per image
-METHODS = {
+CASES = {
     "azula DPS": (azula("DPS"), dict(steps=6), 6, 6),
     "azula PGDM": (azula("PGDM"), dict(steps=6), 6, 6),
     "azula TMPD": (azula("TMPD"), dict(steps=6), 6, 12),
@@ -43,10 +43,10 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=CASES)
 def method(request):
     pytest.importorskip(request.param.split()[0])
-    return METHODS[request.param]
+    return CASES[request.param]
 
 
 def test_evaluations_are_as_documented(small, method):
@@ -129,10 +129,10 @@ def test_bias_on_a_gaussian(small, name):
     constraint, mean, cov = problem(small, Mask(half_mask().double()), 200)
     x = last(function(small, constraint, (200, 1, 8, 8), range(200), steps=steps, dtype=torch.float64)).x_t
     found = x.flatten(1)[:, UNKNOWN]
-    measured = ((found.mean(0) - mean[UNKNOWN]).square().mean().sqrt(), found.var(0).mean() / cov.diagonal()[UNKNOWN].mean(),
+    figures = ((found.mean(0) - mean[UNKNOWN]).square().mean().sqrt(), found.var(0).mean() / cov.diagonal()[UNKNOWN].mean(),
                 constraint(x)[1].mean())  # fmt: skip
-    for value, (low, high) in zip(measured, bounds, strict=True):
-        assert low <= value <= high, [m.item() for m in measured]
+    for value, (low, high) in zip(figures, bounds, strict=True):
+        assert low <= value <= high, [m.item() for m in figures]
 
 
 def test_deepinv_s_default_guidance_of_dps_hardly_guides(small):

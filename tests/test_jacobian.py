@@ -310,7 +310,7 @@ def network(name, tiny):
     D = LatentDenoiser(tiny, captions[:2], guidance=3.0)
     if name == "tiny, decoded":  # pixels of the denoised estimate: what a gradient of a pixel loss goes through
         return (lambda x, t: tiny.decode(D(x, t))), z
-    if name == "tiny, round trip":  # latent -> picture -> latent
+    if name == "tiny, round trip":  # latent -> image -> latent
         return (lambda x, t: tiny.encode(tiny.decode(x))), z
     return D, z
 

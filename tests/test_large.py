@@ -1,4 +1,4 @@
-"""Large pictures: the network on overlapping windows."""
+"""Large images: the network on overlapping windows."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_jacobian_products_on_windows(schedule, mode):
 
 
 def test_no_seams():
-    """A 128x128 picture on windows of 64x64: the steps from pixel to pixel where windows begin or end, over those elsewhere at the
+    """A 128x128 image on windows of 64x64: the steps from pixel to pixel where windows begin or end, over those elsewhere at the
     same place of the decoder's 4x4 blocks. Without overlap, windows know nothing of each other, and the measure shows it."""
     model = load_model("tiny", device="cpu")
 

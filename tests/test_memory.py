@@ -14,7 +14,7 @@ from ldm.sampling import jvp, seeded_noise
 SHAPE = (4, 4, 16, 16)
 
 
-def measured(function, x):
+def peak_of(function, x):
     function(x)  # what is made once does not count
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function(x)
@@ -31,8 +31,8 @@ def test_expected_is_what_is_measured(model):
     D, x = LatentDenoiser(model, "a cat", guidance=3.0), seeded_noise(SHAPE, range(4))()
     with torch.no_grad():
         for use in (lambda x: D(x, 499), lambda x: jvp(D, x, 499, x, x, mode="difference")):
-            assert peak_bytes(use, x) == pytest.approx(measured(use, x), rel=0.05)
-        dual = measured(lambda x: jvp(D, x, 499, x, mode="forward-ad"), x)
+            assert peak_bytes(use, x) == pytest.approx(peak_of(use, x), rel=0.05)
+        dual = peak_of(lambda x: jvp(D, x, 499, x, mode="forward-ad"), x)
         assert FORWARD_AD * peak_bytes(lambda x: D(x, 499), x) == pytest.approx(dual, rel=0.15)
 
 
@@ -43,7 +43,7 @@ def test_the_decoder_s_gradient(model, monkeypatch):
     for large, chunk in ((autoencoder.LARGE, 4), (1, 4), (1, 1)):
         monkeypatch.setattr(autoencoder, "LARGE", large)
         constraint = DecodedConstraint(model.decode, A, y, chunk)
-        peaks.append(measured(constraint, x))
+        peaks.append(peak_of(constraint, x))
         gradients.append(constraint(x)[0])
         assert 0.9 < peak_bytes(constraint, x) / peaks[-1] < 1.25
     assert peaks[1] < 0.65 * peaks[0] and peaks[2] < 0.3 * peaks[1]

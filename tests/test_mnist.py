@@ -67,7 +67,7 @@ def test_forward_difference_on_the_network_equals_forward_ad(D, t):
 
 
 def test_alone_or_in_a_batch(D):
-    """The same picture to 1e-4 in float64, where rounding does not hide a dependence on the neighbours."""
+    """The same image to 1e-4 in float64, where rounding does not hide a dependence on the neighbours."""
     model = load_model("mnist", device="cpu").double()
     D = Denoiser(model.network, model.schedule, model.parameterization)
     images = sample_digits(range(8), each=1)[0].double()

@@ -29,7 +29,7 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def photo():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
@@ -50,37 +50,37 @@ def seeds(*numbers):
 FAST = dict(num_inference_steps=3, newton_steps=1, h=0.05)
 
 
-def test_it_is_the_library_s_sampler(pipe, picture, mask):
-    out = pipe(PROMPTS, picture, mask, generator=seeds(3, 4), output_type="latent", negative_prompt="ugly", **FAST)
+def test_it_is_the_library_s_sampler(pipe, photo, mask):
+    out = pipe(PROMPTS, photo, mask, generator=seeds(3, 4), output_type="latent", negative_prompt="ugly", **FAST)
     model = from_diffusers(pipe.plain_pipeline())
-    image = from_uint8(picture).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
+    image = from_uint8(photo).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
     constraint = latent_inpainting(model, image, make_mask("right", (16, 16)))
     D = LatentDenoiser(model, PROMPTS, 3.0, "ugly")
     state = sample(D, constraint, constraint.y.shape, [3, 4], steps=3, newton_steps=1, h=0.05)
-    assert torch.allclose(out.images, state.x_t, atol=1e-3, rtol=1e-3)  # 1/h magnifies the rounding of the picture's conversion
-    pictures = pipe(PROMPTS, picture, mask, generator=seeds(3, 4), output_type="pt", negative_prompt="ugly", **FAST).images
+    assert torch.allclose(out.images, state.x_t, atol=1e-3, rtol=1e-3)  # 1/h magnifies the rounding of the photo's conversion
+    decoded = pipe(PROMPTS, photo, mask, generator=seeds(3, 4), output_type="pt", negative_prompt="ugly", **FAST).images
     with torch.no_grad():
         expected = blend(model.decode(state.x_t).clamp(-1, 1), image, make_mask("right", (16, 16)), poisson=True)
-    assert torch.allclose(pictures, expected / 2 + 0.5, atol=1e-4)
+    assert torch.allclose(decoded, expected / 2 + 0.5, atol=1e-4)
 
 
-def test_the_faster_solver(pipe, picture, mask):
+def test_the_faster_solver(pipe, photo, mask):
     """The library's, with its own eta, from noise by diffusers' generators."""
-    image = from_uint8(picture).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
+    image = from_uint8(photo).permute(2, 0, 1)[None].expand(2, -1, -1, -1)
     model = from_diffusers(pipe.plain_pipeline())
     constraint = latent_inpainting(model, image, make_mask("right", (16, 16)))
     out = pipe(PROMPTS, constraint=lambda _: constraint, generator=seeds(3, 4), output_type="latent", method="fast",
                num_inference_steps=4)  # fmt: skip
     *_, state = fast_sampler(LatentDenoiser(model, PROMPTS, 3.0), constraint, constraint.y.shape, [3, 4], steps=4)
     assert torch.equal(out.images, state.x_t)
-    known = pipe("a cat", picture, mask, generator=seeds(3), method="fast", num_inference_steps=3).images[0]
-    assert np.array_equal(np.asarray(known)[:, :8], np.asarray(picture)[:, :8])
+    known = pipe("a cat", photo, mask, generator=seeds(3), method="fast", num_inference_steps=3).images[0]
+    assert np.array_equal(np.asarray(known)[:, :8], np.asarray(photo)[:, :8])
 
 
-def test_noise(pipe, picture, mask):
+def test_noise(pipe, photo, mask):
     """`latents` are what is started from, later noise (eta) comes from the generator, one for all or a list."""
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    options = dict(image=picture, mask_image=mask, output_type="latent", eta=1.0, **FAST)
+    options = dict(image=photo, mask_image=mask, output_type="latent", eta=1.0, **FAST)
     generator = torch.Generator().manual_seed(5)
     expected = pipe("a cat", generator=generator, **options).images
     later = torch.Generator().manual_seed(5)
@@ -92,8 +92,8 @@ def test_noise(pipe, picture, mask):
 
 
 @pytest.mark.parametrize("kind, cls", [("pil", list), ("np", np.ndarray), ("pt", torch.Tensor), ("latent", torch.Tensor)])
-def test_output_types(kind, cls, pipe, picture, mask):
-    images = pipe(PROMPTS, picture, mask, generator=seeds(0, 1), output_type=kind, **FAST).images
+def test_output_types(kind, cls, pipe, photo, mask):
+    images = pipe(PROMPTS, photo, mask, generator=seeds(0, 1), output_type=kind, **FAST).images
     assert isinstance(images, cls) and len(images) == 2
     shape = {"np": (2, 16, 16, 3), "pt": (2, 3, 16, 16), "latent": (2, 4, 8, 8)}
     if kind == "pil":
@@ -103,20 +103,20 @@ def test_output_types(kind, cls, pipe, picture, mask):
 
 
 @pytest.mark.parametrize("seam", ["poisson", 0])
-def test_known_pixels_are_exact(seam, pipe, picture, mask):
-    result = pipe("a cat", picture, mask, generator=seeds(0), seam=seam, **FAST).images[0]
-    assert isinstance(result, Image.Image) and result.size == picture.size
-    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(picture)[:, :8])
-    assert not np.array_equal(np.asarray(result)[:, 8:], np.asarray(picture)[:, 8:])
+def test_known_pixels_are_exact(seam, pipe, photo, mask):
+    result = pipe("a cat", photo, mask, generator=seeds(0), seam=seam, **FAST).images[0]
+    assert isinstance(result, Image.Image) and result.size == photo.size
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(photo)[:, :8])
+    assert not np.array_equal(np.asarray(result)[:, 8:], np.asarray(photo)[:, 8:])
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
-def test_every_family(family, picture, mask):
+def test_every_family(family, photo, mask):
     """Constrained; and without inner steps what diffusers' own pipeline makes of the same noise."""
     own = build(family)
     pipe = quiet(NewtonConstrainedPipeline(**own.components))
-    result = pipe("a cat", picture, mask, generator=seeds(0), **FAST).images[0]
-    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(picture)[:, :8])
+    result = pipe("a cat", photo, mask, generator=seeds(0), **FAST).images[0]
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(photo)[:, :8])
     guidance = dict(guidance_scale=3.5, true_cfg_scale=2.0) if family == "flux" else dict(guidance_scale=2.0)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     same = dict(height=16, width=16, num_inference_steps=3, output_type="pt", negative_prompt="ugly", **guidance)
@@ -132,31 +132,31 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_loads_from_a_folder_and_as_a_custom_pipeline(folder, picture, mask, pipe, tmp_path, monkeypatch):
+def test_loads_from_a_folder_and_as_a_custom_pipeline(folder, photo, mask, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))  # where the file is copied to
     custom = diffusers.DiffusionPipeline.from_pretrained(
         folder, custom_pipeline=str(ROOT / "ldm/newton_pipeline.py"), trust_remote_code=True)  # fmt: skip
     assert type(custom).__name__ == "NewtonConstrainedPipeline" and type(custom).__module__ != NewtonConstrainedPipeline.__module__
     named = NewtonConstrainedPipeline.from_pretrained(folder)
-    expected = pipe("a cat", picture, mask, generator=seeds(0), output_type="np", **FAST).images
+    expected = pipe("a cat", photo, mask, generator=seeds(0), output_type="np", **FAST).images
     for loaded in (custom, named):
-        result = quiet(loaded)("a cat", picture, mask, generator=seeds(0), output_type="np", **FAST).images
+        result = quiet(loaded)("a cat", photo, mask, generator=seeds(0), output_type="np", **FAST).images
         assert result.shape == (1, 16, 16, 3) and np.allclose(result, expected, atol=1e-4)
     named.save_pretrained(tmp_path / "again")
     assert "NewtonConstrainedPipeline" in Path(tmp_path / "again/model_index.json").read_text()
 
 
-def test_batches_and_generators(pipe, picture, mask):
-    both = pipe(PROMPTS, picture, mask, generator=seeds(3, 4), output_type="pt", **FAST).images
-    alone = pipe(PROMPTS[1], [picture], mask, generator=seeds(4), output_type="pt", **FAST).images
+def test_batches_and_generators(pipe, photo, mask):
+    both = pipe(PROMPTS, photo, mask, generator=seeds(3, 4), output_type="pt", **FAST).images
+    alone = pipe(PROMPTS[1], [photo], mask, generator=seeds(4), output_type="pt", **FAST).images
     assert (both[1] - alone[0]).abs().max() < 1e-3
-    twice = pipe(PROMPTS, picture, mask, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), **FAST).images
+    twice = pipe(PROMPTS, photo, mask, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), **FAST).images
     assert len(twice) == 4
-    assert len(pipe("a cat", [picture, picture], mask, generator=torch.Generator().manual_seed(0), **FAST).images) == 2
-    assert isinstance(pipe("a cat", picture, mask, return_dict=False, **FAST), tuple)
+    assert len(pipe("a cat", [photo, photo], mask, generator=torch.Generator().manual_seed(0), **FAST).images) == 2
+    assert isinstance(pipe("a cat", photo, mask, return_dict=False, **FAST), tuple)
 
 
-def test_callbacks_see_and_change_the_latents(pipe, picture, mask):
+def test_callbacks_see_and_change_the_latents(pipe, photo, mask):
     seen = []
 
     def watch(own, i, t, values):
@@ -165,7 +165,7 @@ def test_callbacks_see_and_change_the_latents(pipe, picture, mask):
         return {"latents": torch.zeros_like(values["latents"])} if i == 2 else values
 
     watched = dict(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["latents", "x0"], output_type="latent")
-    out = pipe("a cat", picture, mask, **watched, **FAST)
+    out = pipe("a cat", photo, mask, **watched, **FAST)
     assert [t for _, t in seen] == [999, 666, 332] and pipe.num_timesteps == 3 and not out.images.any()
     free = dict(num_inference_steps=4, newton_steps=0, latents=torch.ones(1, 4, 8, 8), output_type="latent")
     changed, steps = [], []
@@ -186,13 +186,13 @@ def test_callbacks_see_and_change_the_latents(pipe, picture, mask):
         return {}
 
     seen.clear()
-    pipe("a cat", picture, mask, callback_on_step_end=stop, **FAST)
+    pipe("a cat", photo, mask, callback_on_step_end=stop, **FAST)
     assert seen == [0]
 
 
-def test_a_progress_bar_is_shown(pipe, picture, mask, capsys):
+def test_a_progress_bar_is_shown(pipe, photo, mask, capsys):
     pipe.set_progress_bar_config(disable=False)
-    pipe("a cat", picture, mask, **FAST)
+    pipe("a cat", photo, mask, **FAST)
     quiet(pipe)
     assert "3/3" in capsys.readouterr().err
 
@@ -207,28 +207,28 @@ def test_any_other_constraint(pipe):
     assert made.shape == (1, 4, 8, 8) and not torch.allclose(made, free, atol=1e-2)
 
 
-def test_sizes(pipe, picture, mask):
-    wide, wide_mask = picture.resize((27, 17)), mask.resize((27, 17))
+def test_sizes(pipe, photo, mask):
+    wide, wide_mask = photo.resize((27, 17)), mask.resize((27, 17))
     assert pipe("a cat", wide, wide_mask, **FAST).images[0].size == (24, 16)  # rounded down to multiples of 4
-    assert pipe("a cat", picture, mask, height=24, width=32, **FAST).images[0].size == (32, 24)
+    assert pipe("a cat", photo, mask, height=24, width=32, **FAST).images[0].size == (32, 24)
 
 
-def test_images_and_masks_are_read_as_everywhere(pipe, picture, mask, tmp_path):
+def test_images_and_masks_are_read_as_everywhere(pipe, photo, mask, tmp_path):
     """Files and PIL images upright and on white; arrays and tensors of a mask of any dtype and number of channels."""
-    turned, exif = picture.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    turned, exif = photo.transpose(Image.Transpose.ROTATE_90), Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=exif)
     read = lambda image, mask_image: pipe.read_inputs(image, mask_image, None, None, 4)  # noqa: E731
-    image, known = read(picture, mask)
+    image, known = read(photo, mask)
     assert torch.equal(known, make_mask("right", (16, 16)))
     for source in (
         tmp_path / "turned.png",
         Image.open(tmp_path / "turned.png"),
-        np.asarray(picture),
-        np.asarray(picture) / np.float32(255),
+        np.asarray(photo),
+        np.asarray(photo) / np.float32(255),
     ):
         assert (read(source, mask)[0] - image).abs().max() < 1e-6
-    clear = picture.convert("RGBA")
+    clear = photo.convert("RGBA")
     clear.putalpha(Image.fromarray(255 - np.asarray(mask)))
     on_white, hole = read(clear, clear)
     assert torch.equal(on_white[..., :8], image[..., :8]) and (on_white[..., 8:] == 1).all() and torch.equal(hole, known)
@@ -236,12 +236,12 @@ def test_images_and_masks_are_read_as_everywhere(pipe, picture, mask, tmp_path):
     for same in (array, array > 0, array // 255, array / 255, np.stack([array] * 3, 2), array[None, ..., None], array[None],
                  torch.tensor(array > 0), torch.tensor(array), torch.tensor(array / 255)[None, None],
                  torch.tensor(array > 0)[None].expand(3, -1, -1), mask.resize((8, 8), 0), mask.convert("P")):  # fmt: skip
-        assert torch.equal(read(picture, same)[1], known)
-    assert torch.equal(read([picture] * 2, torch.tensor(array > 0)[None].expand(2, -1, -1))[1], known.expand(2, -1, -1, -1))
-    assert torch.equal(read(picture, [mask, array > 0])[1], known.expand(2, -1, -1, -1))
+        assert torch.equal(read(photo, same)[1], known)
+    assert torch.equal(read([photo] * 2, torch.tensor(array > 0)[None].expand(2, -1, -1))[1], known.expand(2, -1, -1, -1))
+    assert torch.equal(read(photo, [mask, array > 0])[1], known.expand(2, -1, -1, -1))
 
 
-def test_half_precision_and_the_safety_checker(picture, mask):
+def test_half_precision_and_the_safety_checker(photo, mask):
     class Features:
         pixel_values = torch.zeros(2, 3, 8, 8)
 
@@ -255,29 +255,29 @@ def test_half_precision_and_the_safety_checker(picture, mask):
     only_the_second = lambda images, clip_input: (images * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), [True, False])  # noqa: E731
     own.register_modules(safety_checker=only_the_second, feature_extractor=Features())
     pipe = quiet(NewtonConstrainedPipeline(**own.components)).to(torch.bfloat16)
-    black, result = pipe(PROMPTS, picture, mask, generator=seeds(0, 1), num_inference_steps=2, newton_steps=1).images
+    black, result = pipe(PROMPTS, photo, mask, generator=seeds(0, 1), num_inference_steps=2, newton_steps=1).images
     assert not np.asarray(black).any()
-    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(picture)[:, :8])
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(photo)[:, :8])
 
 
-def test_wrong_arguments_are_one_sentence(pipe, picture, mask):
+def test_wrong_arguments_are_one_sentence(pipe, photo, mask):
     for arguments, message in [
-        (dict(image=picture), "mask_image is missing"), (dict(mask_image=mask), "image is missing"),
-        (dict(image=picture, mask_image=mask.resize((8, 16))), "mask_image has 16 x 8 pixels, but the image has 16 x 16"),
+        (dict(image=photo), "mask_image is missing"), (dict(mask_image=mask), "image is missing"),
+        (dict(image=photo, mask_image=mask.resize((8, 16))), "mask_image has 16 x 8 pixels, but the image has 16 x 16"),
         (dict(image="nowhere.png", mask_image=mask), "image = 'nowhere.png': no such file"),
-        (dict(image=picture, mask_image="nowhere.png"), "mask_image = 'nowhere.png': no such file"),
-        (dict(image=picture, mask_image=Image.new("L", (16, 16))), "mask has no hole"),
-        (dict(image=picture, mask_image=mask, constraint=print), "constraint was given next to"),
-        (dict(image=[picture] * 3, mask_image=mask, prompt=PROMPTS), "prompt has 2 entries where another argument has 3"),
-        (dict(image=picture, mask_image=mask, latents=torch.zeros(1, 4, 4, 4)), r"latents have shape \[1, 4, 4, 4\]"),
-        (dict(image=picture, mask_image=mask, generator=seeds(0, 1)), "generator is a list of 2"),
-        (dict(image=picture, mask_image=mask, newton_steps=-1), "newton_steps = -1"),
-        (dict(image=picture, mask_image=mask, lr=0.0), "lr = 0.0"), (dict(image=picture, mask_image=mask, h=0.0), "h = 0.0"),
-        (dict(image=picture, mask_image=mask, eta=2), "eta = 2"),
-        (dict(image=picture, mask_image=mask, method="ddim"), "method = 'ddim': known are 'newton', 'fast'"),
-        (dict(image=picture, mask_image=mask, prompt=3), "prompt = 3: give a string"),
+        (dict(image=photo, mask_image="nowhere.png"), "mask_image = 'nowhere.png': no such file"),
+        (dict(image=photo, mask_image=Image.new("L", (16, 16))), "mask has no hole"),
+        (dict(image=photo, mask_image=mask, constraint=print), "constraint was given next to"),
+        (dict(image=[photo] * 3, mask_image=mask, prompt=PROMPTS), "prompt has 2 entries where another argument has 3"),
+        (dict(image=photo, mask_image=mask, latents=torch.zeros(1, 4, 4, 4)), r"latents have shape \[1, 4, 4, 4\]"),
+        (dict(image=photo, mask_image=mask, generator=seeds(0, 1)), "generator is a list of 2"),
+        (dict(image=photo, mask_image=mask, newton_steps=-1), "newton_steps = -1"),
+        (dict(image=photo, mask_image=mask, lr=0.0), "lr = 0.0"), (dict(image=photo, mask_image=mask, h=0.0), "h = 0.0"),
+        (dict(image=photo, mask_image=mask, eta=2), "eta = 2"),
+        (dict(image=photo, mask_image=mask, method="ddim"), "method = 'ddim': known are 'newton', 'fast'"),
+        (dict(image=photo, mask_image=mask, prompt=3), "prompt = 3: give a string"),
         (dict(), "image is missing: give image and mask_image, or constraint"),
-        (dict(image=picture, mask_image=mask, callback_on_step_end_tensor_inputs=["noise"]), "tensor_inputs has"),
+        (dict(image=photo, mask_image=mask, callback_on_step_end_tensor_inputs=["noise"]), "tensor_inputs has"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             pipe(**{"prompt": "a cat", **arguments})

@@ -139,7 +139,7 @@ def test_nothing_leaks_between_the_steps_of_the_generator(gaussian):
 
 
 def test_samples_of_a_batch_are_independent(gaussian, schedule):
-    """Eight different pictures, masks and seeds, alone and together, on a network with attention and GroupNorm.
+    """Eight different images, masks and seeds, alone and together, on a network with attention and GroupNorm.
 
     In float64, so that a batch's other order of summation, magnified by the difference quotient, does not count.
     """

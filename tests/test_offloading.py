@@ -83,21 +83,21 @@ def test_attention_in_slices_changes_nothing():
     torch.testing.assert_close(inpainted(from_diffusers(pipe)), expected, atol=1e-3, rtol=1e-3)
 
 
-def newton_pictures(pipe):
-    picture = Image.fromarray(np.uint8(np.arange(256 * 3).reshape(16, 16, 3) % 256))
+def newton_images(pipe):
+    photo = Image.fromarray(np.uint8(np.arange(256 * 3).reshape(16, 16, 3) % 256))
     mask = Image.fromarray(np.uint8(255 * (np.arange(16) >= 8))[None].repeat(16, 0))
     generator = [torch.Generator().manual_seed(n) for n in (0, 1)]
-    return pipe(PROMPTS, picture, mask, generator=generator, num_inference_steps=2, newton_steps=1, h=0.1, output_type="pt").images
+    return pipe(PROMPTS, photo, mask, generator=generator, num_inference_steps=2, newton_steps=1, h=0.1, output_type="pt").images
 
 
 @pytest.mark.parametrize("kind", ["model", "sequential"])
 def test_the_pipeline_itself_offloaded(kind):
     pipe = NewtonConstrainedPipeline(**build("sd").components)
     pipe.set_progress_bar_config(disable=True)
-    expected = newton_pictures(pipe)
+    expected = newton_images(pipe)
     offload(pipe, kind)
     for _ in range(2):  # the hooks are there again after the first call
-        assert torch.allclose(newton_pictures(pipe), expected, atol=1e-4)
+        assert torch.allclose(newton_images(pipe), expected, atol=1e-4)
     assert hasattr(pipe.unet, "_hf_hook")
 
 
@@ -126,8 +126,8 @@ def test_offloaded_weights_on_a_gpu(kind, family):
 def test_the_pipeline_itself_offloaded_on_a_gpu(kind):
     pipe = NewtonConstrainedPipeline(**build("sd").components)
     pipe.set_progress_bar_config(disable=True)
-    expected = newton_pictures(pipe)
+    expected = newton_images(pipe)
     getattr(pipe, f"enable_{kind}_cpu_offload")()
     for _ in range(2):
-        assert torch.allclose(newton_pictures(pipe).cpu(), expected.cpu(), atol=1e-2)
+        assert torch.allclose(newton_images(pipe).cpu(), expected.cpu(), atol=1e-2)
     assert next(pipe.unet.parameters()).device.type != "cuda"

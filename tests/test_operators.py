@@ -11,7 +11,7 @@ from ldm.constraints import LinearConstraint, inpainting
 from ldm.operators import Identity, Mask, box_average, downsample, gaussian_blur, measure, resample
 
 
-def picture(b, c, h, w, seed=0, dtype=torch.float64):
+def noise_image(b, c, h, w, seed=0, dtype=torch.float64):
     return torch.rand(b, c, h, w, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
 
 
@@ -51,7 +51,7 @@ def test_adjoint(operator, seed):
 
 @pytest.mark.parametrize("factor", [1, 1.5, 2, 3, 4, 8, 12])
 def test_downsample_equals_torchvision(factor):
-    x = picture(2, 3, 48, 72, dtype=torch.float32)
+    x = noise_image(2, 3, 48, 72, dtype=torch.float32)
     y = downsample((48, 72), factor)(x)
     expected = TF.resize(x, [round(48 / factor), round(72 / factor)], TF.InterpolationMode.BICUBIC, antialias=True)
     assert y.shape == expected.shape and (y - expected).abs().max() < 1e-5
@@ -59,27 +59,27 @@ def test_downsample_equals_torchvision(factor):
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_downsample_equals_pil(factor):
-    x = picture(1, 1, 32, 64, dtype=torch.float32)
+    x = noise_image(1, 1, 32, 64, dtype=torch.float32)
     small = Image.fromarray(x[0, 0].numpy()).resize((64 // factor, 32 // factor), Image.Resampling.BICUBIC)
     assert np.abs(downsample((32, 64), factor)(x)[0, 0].numpy() - np.asarray(small)).max() < 1e-3
 
 
 @pytest.mark.parametrize("std", [0.5, 2.3, 10])
 def test_blur_equals_scipy(std):
-    x = picture(2, 1, 12, 9)
+    x = noise_image(2, 1, 12, 9)
     expected = gaussian_filter(x.numpy(), (0, 0, std, std), mode="reflect")
     assert np.abs(gaussian_blur((12, 9), std)(x).numpy() - expected).max() < 1e-12
 
 
 def test_box_average_and_constants():
-    x = picture(2, 3, 12, 8)
+    x = noise_image(2, 3, 12, 8)
     assert torch.allclose(box_average((12, 8), 4)(x), torch.nn.functional.avg_pool2d(x, 4))
     for A in (downsample((12, 8), 4), box_average((12, 8), 4), gaussian_blur((12, 8), 3)):
         assert torch.allclose(A(torch.full((1, 1, 12, 8), 0.7, dtype=torch.float64)), torch.tensor(0.7, dtype=torch.float64))
 
 
 def test_composition_is_applied_right_to_left():
-    x = picture(1, 1, 8, 8)
+    x = noise_image(1, 1, 8, 8)
     A, B = box_average((8, 8), 2), gaussian_blur((8, 8), 1)
     assert torch.equal((A @ B)(x), A(B(x)))
 
@@ -87,11 +87,11 @@ def test_composition_is_applied_right_to_left():
 def test_operators_follow_dtype_and_device():
     A = downsample((8, 8), 2)
     for dtype in (torch.float32, torch.float64, torch.float32):
-        assert A(picture(1, 1, 8, 8, dtype=dtype)).dtype == dtype
+        assert A(noise_image(1, 1, 8, 8, dtype=dtype)).dtype == dtype
 
 
 def test_measurement_noise():
-    x = picture(2000, 1, 8, 8)
+    x = noise_image(2000, 1, 8, 8)
     A = box_average((8, 8), 2)
     noise = (measure(A, x, 0.05, range(2000)) - A(x)).flatten(1)
     assert abs(noise.std() - 0.05) < 0.001 and abs(noise.mean()) < 0.001
@@ -105,8 +105,8 @@ def test_measurement_noise():
 
 def test_linear_constraint_is_the_gradient_direction():
     """e = A^T (y - A x0) is minus the gradient of |y - A x0|^2 / 2, the residual its root mean square."""
-    A, x = downsample((8, 8), 2), picture(3, 1, 8, 8)
-    y = A(picture(3, 1, 8, 8, seed=1))
+    A, x = downsample((8, 8), 2), noise_image(3, 1, 8, 8)
+    y = A(noise_image(3, 1, 8, 8, seed=1))
     e, residual = LinearConstraint(A, y)(x)
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(0.5 * (y - A(x)).square().sum(), x)
@@ -115,7 +115,7 @@ def test_linear_constraint_is_the_gradient_direction():
 
 
 def test_inpainting_residual_counts_known_pixels_only():
-    image, mask = picture(3, 1, 4, 4, dtype=torch.float32), torch.zeros(3, 1, 4, 4)
+    image, mask = noise_image(3, 1, 4, 4, dtype=torch.float32), torch.zeros(3, 1, 4, 4)
     mask[0, ..., :1] = 1
     mask[1] = 1
     e, residual = inpainting(image, mask)(image + 0.5)

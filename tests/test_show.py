@@ -23,17 +23,17 @@ def expected(images, times):
     return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
-def cells(picture, left, top, height, width, number):
-    return [picture[top : top + height, x : x + width] for x in (left + i * (width + GAP) for i in range(number))]
+def cells(figure, left, top, height, width, number):
+    return [figure[top : top + height, x : x + width] for x in (left + i * (width + GAP) for i in range(number))]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_small_images_are_magnified_exactly(tmp_path, channels):
     images = IMAGES[:, :channels]
     show(images, path=tmp_path / "figure.png")
-    picture = pixels(tmp_path / "figure.png")
-    assert picture.shape == (16 * 8 + 2 * MARGIN, 3 * (12 * 8 + GAP) - GAP + 2 * MARGIN, 3)
-    for found, wanted in zip(cells(picture, MARGIN, MARGIN, 128, 96, 3), expected(images, 8), strict=True):
+    figure = pixels(tmp_path / "figure.png")
+    assert figure.shape == (16 * 8 + 2 * MARGIN, 3 * (12 * 8 + GAP) - GAP + 2 * MARGIN, 3)
+    for found, wanted in zip(cells(figure, MARGIN, MARGIN, 128, 96, 3), expected(images, 8), strict=True):
         assert np.array_equal(found, wanted)
 
 
@@ -44,9 +44,9 @@ def test_labels_are_never_cut_off(tmp_path, label):
     """All dark pixels of the text lie between the margins, left of the images and in the height of their row."""
     white = torch.ones(2, 3, 16, 16)
     show({label: white, "": white}, path=tmp_path / "figure.png")
-    picture = pixels(tmp_path / "figure.png")
-    rows, columns = np.nonzero((picture < 128).any(2))
-    assert len(rows) > 10 and columns.min() >= MARGIN - 2 and columns.max() < picture.shape[1] - 2 * 128 - GAP - MARGIN
+    figure = pixels(tmp_path / "figure.png")
+    rows, columns = np.nonzero((figure < 128).any(2))
+    assert len(rows) > 10 and columns.min() >= MARGIN - 2 and columns.max() < figure.shape[1] - 2 * 128 - GAP - MARGIN
     assert rows.min() >= MARGIN and rows.max() < MARGIN + 128
 
 
@@ -56,9 +56,9 @@ def test_labels_are_never_cut_off(tmp_path, label):
 @pytest.mark.parametrize("columns, side", [(2, 128), (16, 48)])
 def test_titles_keep_to_their_column(tmp_path, title, columns, side):
     show([torch.ones(columns, 3, 16, 16)], ["m"], [title, *[""] * (columns - 1)], tmp_path / "figure.png")
-    picture = pixels(tmp_path / "figure.png")
-    rows, found = np.nonzero((picture[: -MARGIN - side] < 128).any(2))
-    left = picture.shape[1] - MARGIN - columns * (side + GAP) + GAP
+    figure = pixels(tmp_path / "figure.png")
+    rows, found = np.nonzero((figure[: -MARGIN - side] < 128).any(2))
+    left = figure.shape[1] - MARGIN - columns * (side + GAP) + GAP
     assert len(rows) > 10 and rows.min() >= MARGIN - 2
     assert left - GAP <= found.min() and found.max() < left + side + GAP
 
@@ -67,8 +67,8 @@ def test_rows_of_several_sizes_and_lengths(tmp_path):
     """A measured image with a quarter of the side is drawn as large as the others; missing images stay white."""
     small = torch.nn.functional.avg_pool2d(IMAGES, 4)
     show([IMAGES, small[:1]], path=tmp_path / "figure.png")
-    picture = pixels(tmp_path / "figure.png")
-    second = cells(picture, MARGIN, MARGIN + 128 + GAP, 128, 96, 3)
+    figure = pixels(tmp_path / "figure.png")
+    second = cells(figure, MARGIN, MARGIN + 128 + GAP, 128, 96, 3)
     assert np.array_equal(second[0], expected(small[:1], 32)[0])
     assert (second[1] == 255).all() and (second[2] == 255).all()
 

@@ -25,7 +25,7 @@ def tiny():
 
 
 def problem(model, guidance=3.0, device="cpu"):
-    """(D, constraint): the right half of two pictures is missing."""
+    """(D, constraint): the right half of two images is missing."""
     images = sample_emoji()[0][6:8].to(device)
     constraint = latent_inpainting(model, images, make_mask("right", (64, 64)).to(device))
     return LatentDenoiser(model, PROMPTS, guidance), constraint

@@ -54,7 +54,7 @@ def test_the_default_model_is_the_tiny_one(model):
 
 
 def test_reconstruction_is_as_good_as_the_card_says(model):
-    """On the 32 held-out pictures of the repository, to 0.2 dB; latents have about unit variance."""
+    """On the 32 held-out images of the repository, to 0.2 dB; latents have about unit variance."""
     images, captions = sample_emoji()
     assert images.shape == (32, 3, 64, 64) and set(captions) <= set(held_out_names())
     with torch.no_grad():

@@ -184,7 +184,7 @@ def test_recomputing_activations_changes_nothing():
         assert torch.allclose(p.grad, q.grad, atol=1e-6)
 
 
-def test_patches_hold_the_same_picture():
+def test_patches_hold_the_same_image():
     unet = randomised(PatchUNetModel(1, 1, patch_size=2, image_size=16, model_channels=32, num_res_blocks=1,
                                      attention_resolutions=[],
                                      channel_mult=[1], num_heads=2))  # fmt: skip

@@ -65,7 +65,7 @@ SAMPLE_NAMES = (
     "violin",
     "volcano",
 )
-SIZE, COLUMNS = 64, 128  # of a picture in pixels; of the sheet in pictures
+SIZE, COLUMNS = 64, 128  # of an image in pixels; of the sheet in images
 
 
 class Emoji(Captioned):
@@ -118,7 +118,7 @@ class LabelledEmoji(Emoji):
 
 
 def sample_emoji():
-    """32 held-out pictures: (images [32, 3, 64, 64] in [-1, 1], captions); 16 names in Noto's style, then in Fluent 3D's."""
+    """32 held-out images: (images [32, 3, 64, 64] in [-1, 1], captions); 16 names in Noto's style, then in Fluent 3D's."""
     images = load_image(SAMPLE).unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE)[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
     return images, [*SAMPLE_NAMES] * 2
 
@@ -239,7 +239,7 @@ def write_vocabulary(captions, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder for emoji/")
-    parser.add_argument("--sample", action="store_true", help="also write the repository's sample of held-out pictures")
+    parser.add_argument("--sample", action="store_true", help="also write the repository's sample of held-out images")
     args = parser.parse_args()
     try:
         path = build(args.root)

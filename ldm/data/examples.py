@@ -55,4 +55,4 @@ def photo(name: str) -> Image.Image:
     """A photograph that scikit-image brings with it, by its name there."""
     from skimage import data  # optional, and takes a second to import
 
-    return Image.fromarray(getattr(data, name)())
+    return Image.fromarray(getattr(data, name)())  # a module of functions, by name

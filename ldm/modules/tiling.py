@@ -30,7 +30,7 @@ def windows(length: int, size: int, overlap: int, cell: int = 1) -> list[tuple[i
 
 
 @lru_cache(maxsize=8)
-def grid(height: int, width: int, size: int, overlap: int, cell: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
+def tile_places(height: int, width: int, size: int, overlap: int, cell: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
     """The tiles of an image: a list of (top, left, weights [1, 1, cell * size, cell * size]). Kept, so that the weights are sent
     to the device once and not at every evaluation of a sampler."""
     rows, columns = (windows(n, size, overlap, cell) for n in (height, width))
@@ -55,7 +55,7 @@ def tiled(
     batch: tiles per call of the network, which then gets [n * B, ...], n <= batch: all samples' first tile, all samples' second ...
     """
     height, width = (n // cell_in for n in x.shape[2:])
-    tiles = grid(height, width, size, overlap, cell_out, x.device)
+    tiles = tile_places(height, width, size, overlap, cell_out, x.device)
     if len(tiles) == 1:
         return network(x)
     out: Any = None
