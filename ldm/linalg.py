@@ -151,14 +151,16 @@ def leading_residual(matvec: Callable[[Tensor], Tensor], ritz: Ritz, like: Tenso
 
     Returns [B] float64. `Ritz.residuals` are estimates that do not know of that error.
     """
-    vectors = []
+    values, vectors = [], []
     for basis, hessenberg, m in zip(ritz.basis, ritz.hessenberg, ritz.steps.tolist(), strict=True):
         theta, y = torch.linalg.eig(hessenberg[:m, :m])
-        x = basis[:m].T.to(y) @ y[:, theta.abs().argmax()]
+        k = theta.abs().argmax()  # of a conjugate pair, one value with its own vector
+        x = basis[:m].T.to(y) @ y[:, k]
+        values.append(theta[k])
         vectors.append(x / x.norm())
-    x = torch.stack(vectors)
+    mu, x = torch.stack(values)[:, None], torch.stack(vectors)
     real, imaginary = (matvec(v.view_as(like).to(like)).detach().flatten(1).cpu().double() for v in (x.real, x.imag))
-    return (torch.complex(real, imaginary) - ritz.values[:, :1] * x).norm(dim=1)
+    return (torch.complex(real, imaginary) - mu * x).norm(dim=1)
 
 
 def _ritz(hessenberg: Tensor, m: int) -> tuple[Tensor, Tensor]:
