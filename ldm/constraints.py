@@ -64,10 +64,11 @@ class Constraint(ABC):
         terms = [(weight, constraint.at(level)) for weight, constraint in self.terms if constraint is not self]
         return combine(terms) if terms else self
 
-    def __add__(self, other):
-        return combine([*self.terms, *as_constraint(other).terms]) if callable(other) else NotImplemented
+    def __add__(self, other: Any) -> "Constraint":
+        other = as_constraint(other) if callable(other) else None
+        return NotImplemented if other is None else combine([*self.terms, *other.terms])
 
-    def __radd__(self, other):
+    def __radd__(self, other: Any) -> "Constraint":
         return self if isinstance(other, int) and other == 0 else NotImplemented  # the start of sum()
 
     def __mul__(self, weight: float) -> "Constraint":
@@ -144,15 +145,16 @@ def combine(terms: Sequence[tuple[float, Constraint]]) -> Constraint:
     batches = [constraint.batch for _, constraint in terms]
     if len(set(batches) - {1}) > 1:
         raise ValueError(f"constraints for {' and '.join(map(str, batches))} samples are added: give all of them one batch, or 1")
-    return LinearSum(terms) if all(isinstance(constraint, LinearConstraint) for _, constraint in terms) else Sum(terms)
+    linear = [(weight, constraint) for weight, constraint in terms if isinstance(constraint, LinearConstraint)]
+    return LinearSum(linear) if len(linear) == len(terms) else Sum(terms)
 
 
 class LinearSum(LinearConstraint):
     """sum of w_i |y_i - A_i x0|^2 as one least-squares problem: rows sqrt(w_i) (A_i, y_i), so that sigma_y counts as
     sigma_y / sqrt(w_i) for the measurements of term i. residual: the RMS of all rows."""
 
-    def __init__(self, terms: Sequence[tuple[float, Constraint]]):
-        self._terms = list(terms)
+    def __init__(self, terms: Sequence[tuple[float, LinearConstraint]]):
+        self._terms: list[tuple[float, Constraint]] = [*terms]
         A = Stack([(weight, constraint.A, constraint.y.shape) for weight, constraint in terms])
         super().__init__(A, A.join([constraint.A.measured(constraint.y) for _, constraint in terms]))
 
@@ -179,7 +181,7 @@ class Sum(Constraint):
         return self._terms
 
     @property
-    def backward_passes(self):
+    def backward_passes(self) -> int:  # type: ignore[override]  # counted by the terms
         return sum(constraint.backward_passes for _, constraint in self.terms)
 
     def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +195,7 @@ class Sum(Constraint):
         return torch.stack([weight * value for (weight, _), value in zip(self.terms, values, strict=True)]).sum(0)
 
     def _linearised(self, x0: Tensor) -> tuple[Any, Tensor]:
-        found = [(weight, *constraint.linearised(x0)) for weight, constraint in self.terms]
+        found = [(weight, *constraint.linearised(x0)) for weight, constraint in self.terms if constraint.linearised]
         A = Stack([(weight, operator, r.shape) for weight, operator, r in found])
         return A, A.join([r for *_, r in found])
 

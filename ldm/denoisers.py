@@ -181,8 +181,8 @@ class LatentDenoiser(Denoiser):
         with torch.inference_mode(False), torch.no_grad():
             # Text: tokens [1 or B, M, context_dim]; classes: labels [.]
             self.condition = self.negative = model.encode_prompts(prompts)
-            if guidance != 1:  # some pipelines put other words around negative prompts
-                self.negative = getattr(model, "encode_negatives", model.encode_prompts)(negative_prompts)
+            if guidance != 1:
+                self.negative = model.encode_negatives(negative_prompts)
                 self.condition, self.negative = _same_length(self.condition, self.negative)
         same = self.condition.shape == self.negative.shape and torch.equal(self.condition, self.negative)
         self.guidance = 1.0 if same else guidance  # equal outputs: no doubled batch for nothing
@@ -205,7 +205,7 @@ class LatentDenoiser(Denoiser):
         return condition.expand(len(x_t), *condition.shape[1:])
 
 
-def _same_length(*contexts):
+def _same_length(*contexts: Tensor) -> Sequence[Tensor]:
     """Tokens [B, M, width], the shorter ones followed by zeros: contexts of different lengths have a channel for the mask."""
     if contexts[0].ndim < 3:
         return contexts

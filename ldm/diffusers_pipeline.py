@@ -65,7 +65,7 @@ class PipelineModel:
 
     def __init__(self, pipeline, size=None, prediction=None):
         self.pipeline = pipeline
-        self.net = getattr(pipeline, self.component)
+        self.net = pipeline.components[self.component]
         self.dtype = self.net.dtype
         self.check()
         own = self.default_size or self.net.config.sample_size
@@ -91,10 +91,6 @@ class PipelineModel:
     @property
     def device(self):
         return self.pipeline._execution_device  # of the computation, where components are offloaded
-
-    @property
-    def first_stage_model(self):
-        return self  # where LatentDiffusion has `downsampling`
 
     @property
     def channels(self):
@@ -154,6 +150,10 @@ class PipelineModel:
         network takes a pooled embedding too, both travel as one vector, [B, 1, M * width + P]."""
         tokens, pooled = self.embed(check_prompts(prompts))
         return (tokens if pooled is None else torch.cat([tokens.flatten(1), pooled.to(tokens)], 1)[:, None]).float()
+
+    def encode_negatives(self, prompts):
+        """Likewise, of negative prompts."""
+        return self.encode_prompts(prompts)
 
 
 def check_prompts(prompts):

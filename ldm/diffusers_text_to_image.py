@@ -62,7 +62,7 @@ class TextToImage(PipelineModel):
     @property
     def packed(self):
         """Whether the network takes a list of 2 x 2 patches: then the pipeline has functions for both ways."""
-        return hasattr(self.pipeline, "_unpack_latents")
+        return hasattr(self.pipeline, "_unpack_latents")  # all that pipelines tell
 
     @property
     def channels(self):
@@ -75,7 +75,7 @@ class TextToImage(PipelineModel):
 
     @property
     def default_size(self):
-        own = self.net.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", 128)
+        own = self.net.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", 128)  # not all have one
         return own * self.pipeline.vae_scale_factor // self.downsampling
 
     def call(self, scheduler, x_t, context, steps=1):

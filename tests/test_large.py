@@ -32,6 +32,8 @@ class Model:
     def encode_prompts(self, prompts):
         return torch.tensor([float(p or 0) for p in ([prompts] if isinstance(prompts, str) else prompts)]).view(-1, 1, 1)
 
+    encode_negatives = encode_prompts
+
 
 def x_t(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

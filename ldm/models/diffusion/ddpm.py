@@ -152,6 +152,10 @@ class DDPM(nn.Module):
             raise ValueError("this model takes no prompts and no labels: it is unconditional")
         return class_labels(prompts, self.unet.num_classes).to(self.unet.label_emb.weight.device)
 
+    def encode_negatives(self, prompts):
+        """The condition that guidance leads away from: `encode_prompts`, but for pipelines with other words around them."""
+        return self.encode_prompts(prompts)
+
 
 class LatentDiffusion(DDPM):
     """Diffusion in the latent space of an autoencoder, with or without a condition (Rombach et al. 2022).
