@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 from ldm import comparison  # noqa: E402
 from ldm.comparison import TASKS  # noqa: E402
 from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
-from ldm.table import NAMES, evaluations, markdown, measures_in, table_head  # noqa: E402
+from ldm.table import NAMES, PER_IMAGE, evaluations, markdown, measures_in, table_head  # noqa: E402
 
 # Rows of version 0.1: the step length fell over the diffusion steps instead of the inner ones, for every task from 0.5 to 0.1.
 FORMER = {"newton-former": "newton, former settings", "gradient-former": "gradient steps, former settings"}
@@ -21,7 +21,7 @@ FAMILIES = {  # family: (colour, its methods)
     "ours": ("#d62728", ["fast"]),
     "the paper's loop": ("#1f4e9c", ["newton", "newton-former", "newton-eta1"]),
     "back-propagating": ("#2a8c4a", ["gradient", "gradient-former", "DPS", "PSLD"]),
-    "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint"]),
+    "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint", "LATINO"]),
     "azula, back-propagating": ("#7b3fa0", ["azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS"]),
     "azula, without Jacobian": ("#b9a032", ["azula-DiffPIR", "azula-RePaint"]),
     "deepinv": ("#4d4d4d", ["deepinv-PiGDM", "deepinv-DPS", "deepinv-DDRM", "deepinv-DiffPIR"]),
@@ -64,7 +64,7 @@ def _most_images(rows):
 def differences(rows, model, file_of):
     """Two tables of paired differences, image by image: `fast` minus `newton` at 220 evaluations in each of its settings,
     and minus every back-propagating method at equal time and at its dearest."""
-    measures, lines = measures_in(rows), []
+    measures, lines = [m for m in measures_in(rows) if m in (*PER_IMAGE, "kid")], []
     of = lambda task, test: [r for r in rows if r["task"] == task and test(r)]  # noqa: E731
     ours = sorted((r for r in rows if r["method"] == "fast"), key=lambda r: int(r["budget"]))
     ours = [r for task in TASKS for r in ours if r["task"] == task]
