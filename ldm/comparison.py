@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
+from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, psld, repaint
 from ldm.constraints import Constraint, DecodedConstraint, latent_inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.metrics import bootstrap, frechet_distance, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
@@ -102,6 +102,7 @@ def large(x: Tensor) -> Tensor:
 EVERY_TASK = "every task", lambda task: True
 NO_DECODER = "no task through the decoder and no non-linear one", lambda task: task.linear
 ONLY_DECODER = "only tasks through the decoder, with a linear operator", lambda task: task.encode is not None and task.pixels.linear
+LINEAR = "only tasks with a linear operator", lambda task: task.pixels.linear
 ONLY_MASKS = "only masks on x_t itself", lambda task: task.linear and isinstance(task.A, Mask)
 
 
@@ -164,6 +165,7 @@ METHODS = {
         # Each step is taken ten times, but the last once.
         Method("RePaint", repaint, lambda n, task: dict(steps=(n + 9) // 10), ONLY_MASKS),
         Method("DiffPIR", diffpir, lambda n, task: dict(steps=n, **task.noise), NO_DECODER),
+        Method("LATINO", latino, lambda n, task: dict(steps=n, encode=task.encode, **task.noise), LINEAR),
     )
 }  # fmt: skip
 LABELS = TASKS | {method.name: method.label or method.name for method in METHODS.values()}  # of tables and figures

@@ -1,15 +1,17 @@
 """The other methods: their costs by formula, their contracts, and on a Gaussian, whose posterior is known, their bias."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from common import draw, half_mask, known, last, posterior, tiny_unet
 
-from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, psld, repaint
+from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, psld, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.denoisers import Denoiser
 from ldm.newton_sampler import sample
 from ldm.operators import Mask, box_average, downsample, measure
-from ldm.sampling import DenoiserLike
+from ldm.sampling import DenoiserLike, seeded_noise
 
 SHAPE = (8, 1, 8, 8)
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
@@ -29,6 +31,7 @@ CASES = {
     "psld": (psld_on_pixels, dict(steps=6), 6, 6),
     "repaint": (repaint, dict(steps=4, resamples=3), 10, 0),
     "diffpir": (diffpir, dict(steps=6), 6, 0),
+    "latino": (latino, dict(steps=6), 6, 0),
 }
 
 
@@ -99,7 +102,7 @@ def test_gradient_steps_take_any_constraint(gaussian):
 
 
 @pytest.mark.parametrize("A", [Mask(half_mask()), box_average((8, 8), 2), downsample((8, 8), 4)], ids=["half", "box", "bicubic"])
-@pytest.mark.parametrize("function", [ddnm, diffpir])
+@pytest.mark.parametrize("function", [ddnm, diffpir, latino])
 def test_projections_meet_what_is_consistent(gaussian, function, A):
     assert last(function(gaussian, LinearConstraint(A, A(draw(gaussian, 8))), SHAPE, range(8), steps=10)).residual.max() < 5e-3
 
@@ -135,10 +138,38 @@ def test_bias_on_a_gaussian(gaussian, name):
         assert low <= value <= high, [m.item() for m in figures]
 
 
+@pytest.mark.parametrize("decoded", [False, True], ids=["pixels", "decoded"])
+def test_latino_is_a_proximal_step_and_noise_of_the_next_level_anew(gaussian, decoded):
+    """Of each state: x0 encodes the minimiser, where the gradient is 0, and x_t - alpha x0 is sigma times the seeds' next noise."""
+    A, sigma_y, delta, shape = box_average((8, 8), 2), 0.1, 0.7, (4, 1, 8, 8)
+    images = draw(gaussian, 4).double()
+    y = measure(A, images, sigma_y, range(4))
+    decode, encode = (lambda z: 2 * z + 0.1, lambda x: (x - 0.1) / 2) if decoded else (lambda z: z, lambda x: x)
+    constraint = DecodedConstraint(decode, A, y) if decoded else LinearConstraint(A, y)
+    noise, levels = seeded_noise(shape, range(4), dtype=torch.float64), gaussian.schedule.levels(5)
+    x_t, options = noise(), dict(steps=5, sigma_y=sigma_y, delta=delta, dtype=torch.float64, encode=encode if decoded else None)
+    for state, (now, to) in zip(latino(gaussian, constraint, shape, range(4), **options), pairwise(levels), strict=True):
+        u, x = decode(gaussian(x_t, now.t)), decode(state.x0)
+        gradient = (x - u) / (delta * now.sigma**2) - A.adjoint(y - A(x)) / sigma_y**2
+        assert gradient.abs().max() < 1e-6 * (A.adjoint(y) / sigma_y**2).abs().max()
+        x_t = to.alpha * state.x0 + to.sigma * noise() if to.sigma else state.x0
+        assert (state.x_t - x_t).abs().max() < 1e-12
+        assert (state.residual - (y - A(x)).square().mean((1, 2, 3)).sqrt()).abs().max() < 1e-9
+    assert state.nfe == 5 and constraint.backward_passes == 0
+
+
+def test_latino_encodes_where_it_decodes(gaussian):
+    A = box_average((8, 8), 2)
+    for constraint, encode in ((DecodedConstraint(lambda z: z, A, A(draw(gaussian, 8))), None),
+                               (LinearConstraint(A, A(draw(gaussian, 8))), lambda x: x)):  # fmt: skip
+        with pytest.raises(ValueError, match="give a function with a DecodedConstraint, and none"):
+            latino(gaussian, constraint, SHAPE, range(8), encode=encode)
+
+
 @pytest.mark.parametrize("function, wrong, words", [
     (dps, dict(zeta=0), "zeta = 0"), (dps, dict(eta=2), "= 2"), (mpgd, dict(scale=-1), "scale = -1"),
     (mpgd, dict(steps=0), "steps = 0"), (gradient_steps, dict(lr=0), "lr = 0"), (repaint, dict(resamples=0), "resamples = 0"),
-    (diffpir, dict(zeta=1.5), "= 1.5"),
+    (diffpir, dict(zeta=1.5), "= 1.5"), (latino, dict(delta=0), "delta = 0"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named_at_once(gaussian, function, wrong, words):
     with pytest.raises(ValueError, match=words):

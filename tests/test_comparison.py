@@ -75,7 +75,7 @@ def test_methods_apply_where_they_can(half_task):
     assert set(ALL) - applies(half_task("blur")) == {"PSLD", "RePaint"} | ({"azula-RePaint"} & set(ALL))
     task = half_task("sr4")
     task.linear, task.first_stage, task.encode = False, object(), lambda x: x
-    left = {"newton", "newton-eta1", "fast", "gradient", "DPS", "PSLD"}
+    left = {"newton", "newton-eta1", "fast", "gradient", "DPS", "PSLD", "LATINO"}
     assert applies(task) == left | ({"azula-DPS", "azula-MMPS"} & set(ALL))
 
 
