@@ -57,7 +57,7 @@ def table(task, budgets, device, batch):
         except ValueError:  # the budget is too small
             continue
         x, costs = run(task, *chosen, batch, device)
-        values = task.measure(task.pictures(x))
+        values = task.measure(task.to_images(x))
         cells = [name, f"{costs['nfe_forward']:.0f}", f"{costs['seconds']:.2f}", *(cell(values[m]) for m in MEASURES)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
