@@ -21,7 +21,7 @@ from ldm.fast_sampler import INNER
 from ldm.linalg import gcr, power_iteration, unit
 from ldm.newton_sampler import step_lengths
 from ldm.operators import Mask
-from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, seeded_noise
+from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, drawn, seeded_noise
 
 
 def dps(
@@ -54,7 +54,7 @@ def _dps(run, constraint, zeta, eta, norm):
         x0, gradient, residual = _vjp(D, constraint, x_t, now.t)
         length = norm(residual).clamp_min(1e-12).view(-1, *[1] * (x_t.ndim - 1)).to(x_t)
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise) + zeta * gradient / length
-        yield State(i + 1, now.t, x_t, x0, residual, D.calls)
+        yield State(i + 1, now.t, x_t, x0, residual, D.calls, to.t, drawn(noise))
 
 
 def gradient_steps(
@@ -92,7 +92,7 @@ def _gradient_steps(run, constraint, lengths, eta):
         x0 = D(x_t, now.t)
         residual = constraint.residual(x0)
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
-        yield State(i + 1, now.t, x_t, x0, residual, D.calls)
+        yield State(i + 1, now.t, x_t, x0, residual, D.calls, to.t, drawn(noise))
 
 
 def mpgd(
@@ -153,7 +153,7 @@ def _corrected(run, constraint, eta, correction):
         correct = x0 + correction(x0, now, to)
         eps_hat = (x_t - now.alpha * x0) / now.sigma
         x_t = D.schedule.step(now.alpha * correct + now.sigma * eps_hat, correct, now, to, eta, noise)
-        yield State(i + 1, now.t, x_t, correct, constraint.residual(correct), D.calls)
+        yield State(i + 1, now.t, x_t, correct, constraint.residual(correct), D.calls, to.t, drawn(noise))
 
 
 def psld(
@@ -195,7 +195,7 @@ def _psld(run, constraint, encode, omega, gamma, eta):
             (gradient,) = torch.autograd.grad(norms.sum(), x)
         x0 = x0.detach()
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise) - gradient
-        yield State(i + 1, now.t, x_t, x0, pixels.rms(r.detach()), D.calls)
+        yield State(i + 1, now.t, x_t, x0, pixels.rms(r.detach()), D.calls, to.t, drawn(noise))
 
 
 def repaint(
@@ -234,7 +234,7 @@ def _repaint(run, constraint, resamples):
                 a = now.alpha / to.alpha
                 x_t = a * x_s + (now.sigma**2 - (a * to.sigma) ** 2) ** 0.5 * noise()
         x_t = x_s
-        yield State(i + 1, now.t, x_t, x0, constraint.residual(x0 if to.sigma > 0 else x_s), D.calls)
+        yield State(i + 1, now.t, x_t, x0, constraint.residual(x0 if to.sigma > 0 else x_s), D.calls, to.t, drawn(noise))
 
 
 def diffpir(
@@ -274,7 +274,7 @@ def _diffpir(run, constraint, weight, zeta):
             x_t = to.alpha * x0 + to.sigma * ((1 - zeta) ** 0.5 * eps + (zeta**0.5 * noise() if zeta else 0.0))
         else:
             x_t = x0
-        yield State(i + 1, now.t, x_t, x0, residual, D.calls)
+        yield State(i + 1, now.t, x_t, x0, residual, D.calls, to.t, drawn(noise))
 
 
 def latino(

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from ldm.constraints import Constraint, as_constraint
 from ldm.linalg import gcr, max_norm, shortened
 from ldm.particles import particle_levels, particle_sampler
-from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, jvp
+from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, drawn, jvp
 from ldm.schedules import Level, Schedule
 
 INNER = 10  # vectors where J is left out: they cost no evaluation of D. One is exact for masks, ten are for down-sampling
@@ -116,7 +116,7 @@ def _fast_sampler(run: Run, constraint: Constraint | None, s: Settings):
         total = total + x0.sum()  # NaN and infinity stay in a sum
         if to.sigma == 0:
             check_finite(total, now.t)
-        sent = yield State(i, now.t, x_t, x0, None if constraint is None else constraint.residual(x0), D.calls)
+        sent = yield State(i, now.t, x_t, x0, None if constraint is None else constraint.residual(x0), D.calls, to.t, drawn(noise))
         x_t = x_t if sent is None else sent
 
 

@@ -33,10 +33,10 @@ from ldm.denoisers import LatentDenoiser
 from ldm.diffusers_models import from_diffusers
 from ldm.fast_sampler import fast_sampler
 from ldm.images import on_white, open_image
-from ldm.inpainting import blend
+from ldm.inpainting import blend, fill_photo
 from ldm.masks import check_mask, read_mask, resize_mask
 from ldm.newton_sampler import newton_sampler
-from ldm.sampling import States
+from ldm.sampling import States, noised
 
 SAMPLERS: dict[str, Callable[..., States]] = {"newton": newton_sampler, "fast": fast_sampler}
 
@@ -112,6 +112,9 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         h: float | None = None,                     # finite-difference length; None: by the network's arithmetic
         eta: float | str | None = None,             # 0: DDIM, 1: ancestral noise; None: the method's own default
         seam: str | float = "poisson",              # known pixels are kept bit-equal; or a width in pixels to mix over, 0: none
+        strength: float = 1.0,                      # of editing: begin at the image with noise (ldm.sampling.noised)
+        context: float | None = None,               # fill what is around holes with this margin (ldm.inpainting.fill_photo)
+        soft: bool = False,                         # grey values of the mask stay, as weights (ldm.operators.Mask)
         constraint: Callable | None = None,         # instead of image and mask: a function model -> constraint (ldm/constraints.py)
         generator: Any = None,                      # one torch.Generator, or a list of one per image
         latents: Tensor | None = None,              # the noise to start from [B, channels, h, w]
@@ -120,8 +123,9 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,  # (pipe, step, t, {"latents": ...}) -> dict, where other latents may stand
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
-        """Images whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. There is no `strength`:
-        sampling starts from noise, and the constraint alone holds the known part. ValueError for arguments that do not fit."""
+        """Images whose known part is the image's: ImagePipelineOutput with `.images`, or a tuple. With a strength below 1 and no
+        mask, the whole image is edited. With `context` the image comes back at its own size. ValueError for what does not fit."""
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if method == "paper":
             warnings.warn('method = "paper" is now "newton"', DeprecationWarning, stacklevel=2)
             method = "newton"
@@ -129,6 +133,8 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             raise ValueError(f"method = {method!r}: known are {', '.join(map(repr, SAMPLERS))}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: known are {self._callback_tensor_inputs}")
+        if context is not None:
+            return self.at_own_size(**given)
         plain, device = self.plain_pipeline(), self._execution_device
 
         # What is asked for: images, masks and prompts, a row of each for every result.
@@ -137,7 +143,8 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
             raise ValueError("constraint was given next to image or mask_image: give either")
         if constraint is None and (image is not None or newton_steps != 0 or method == "fast"):
             own = from_diffusers(plain)
-            images, masks = self.read_inputs(image, mask_image, height, width, own.downsampling * own.multiple)
+            multiple = own.downsampling * own.multiple
+            images, masks = self.read_inputs(image, mask_image, height, width, multiple, soft, whole=strength < 1)
             height, width = images.shape[2:]
         size = None if height is None or width is None else (height, width)
         model: Any = from_diffusers(plain, size=size)
@@ -148,8 +155,8 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         if isinstance(plain, FluxPipeline):
             model.embedded_guidance, guidance_scale = guidance_scale, true_cfg_scale
         D = LatentDenoiser(model, prompt, guidance_scale, negative_prompt)
-        if images is not None:
-            constraint = latent_inpainting(model, images, masks)
+        if masks is not None:
+            constraint = latent_inpainting(model, images, masks, soft=soft)
         elif constraint is not None:
             constraint = constraint(model)
 
@@ -157,6 +164,10 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         options: dict[str, Any] = {"h": h} | ({} if eta is None else {"eta": eta})
         options |= {"newton_steps": newton_steps, "lr": lr} if method == "newton" else {}
         shape = (len(prompt), model.channels, *model.latent_size)
+        if strength != 1:
+            if images is None:
+                raise ValueError(f"strength = {strength} without an image: there is nothing to begin at, give image")
+            options["start"] = noised(D, model.encode(images), strength, noise=noise)
         states = SAMPLERS[method](D, constraint, shape, steps=num_inference_steps, noise=noise, device=device, **options)
         x_t = self.run(states, num_inference_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         results = x_t if output_type == "latent" else self.finish(plain, model.decode(x_t), images, masks, seam, output_type)
@@ -194,26 +205,72 @@ class NewtonConstrainedPipeline(DiffusionPipeline):
         return lambda: first.pop() if first else randn_tensor(shape, generator, device, torch.float32)
 
     def read_inputs(
-        self, image: Any, mask_image: Any, height: int | None, width: int | None, multiple: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        image: Any,
+        mask_image: Any,
+        height: int | None,
+        width: int | None,
+        multiple: int,
+        soft: bool = False,
+        whole: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Images [n, 3, H, W] in -1 .. 1 and masks [m, 1, H, W], 1 where known, with H and W multiples of `multiple`. Files and PIL
-        images are read as everywhere (ldm/images.py, ldm/masks.py); arrays and tensors of a mask are 1 where it is filled in."""
+        images are read as everywhere (ldm/images.py, ldm/masks.py); arrays and tensors of a mask are 1 where it is filled in.
+        whole: there may be no mask (None)."""
         for name, value in {"image": image, "mask_image": mask_image}.items():
-            if value is None:
+            if value is None and not (whole and name == "mask_image"):
                 raise ValueError(f"{name} is missing: give image and mask_image, or constraint")
         images = [as_pil(x) for x in entries(image)]
         own = VaeImageProcessor(vae_scale_factor=1).preprocess(images).shape[2:]
         images = VaeImageProcessor(vae_scale_factor=multiple).preprocess(images, height, width)
         if images.shape[1] != 3:
             raise ValueError(f"image has {images.shape[1]} channels: give 3")
+        images = images.to(self._execution_device, torch.float32)
+        if mask_image is None:
+            return images, None
         if torch.is_tensor(mask_image):
             mask_image = mask_image.detach().float().cpu().numpy()
         if isinstance(mask_image, np.ndarray) and mask_image.ndim == 3 and mask_image.shape[2] not in (1, 3, 4):
             mask_image = mask_image[None] if len(mask_image) == 3 != len(images) else mask_image[:, None]  # channels, or a batch
         masks = [x.detach().float().cpu().numpy() if torch.is_tensor(x) else x for x in entries(mask_image)]
-        known = torch.cat([read_mask(x, own, name="mask_image") for x in masks])
+        known = torch.cat([read_mask(x, own, name="mask_image", soft=soft) for x in masks])
         known = check_mask(known if images.shape[2:] == own else resize_mask(known, images.shape[2:]))
-        return images.to(self._execution_device, torch.float32), known.to(self._execution_device, torch.float32)
+        return images, known.to(self._execution_device, torch.float32)
+
+    def at_own_size(
+        self,
+        image: Any,
+        mask_image: Any,
+        height: int | None,
+        width: int | None,
+        context: float,
+        soft: bool,
+        seam: str | float,
+        constraint: Callable | None,
+        output_type: str,
+        return_dict: bool,
+        **given: Any,
+    ) -> ImagePipelineOutput | tuple:
+        """`__call__` with `context`: each part around a hole at the model's size, height or width if given, the rest untouched."""
+        if output_type == "latent" or constraint is not None or height != width:
+            raise ValueError(f"context = {context}: leave out constraint and latents as output, and give height = width, if any")
+        photo, known = self.read_inputs(image, mask_image, None, None, 1, soft)
+        if known is None or len(photo) != 1 or len(known) != 1:
+            raise ValueError(f"context = {context} with several images or masks: give one of each")
+        plain = self.plain_pipeline()
+        model = from_diffusers(plain)
+        side = model.image_size * model.downsampling if height is None else height
+
+        def fill(part: Tensor, mask: Tensor) -> Tensor:
+            own: dict[str, Any] = dict(
+                image=part / 2 + 0.5, mask_image=1 - mask, soft=soft, seam=seam, output_type="pt", return_dict=False
+            )
+            return self(**{**given, **own})[0] * 2 - 1
+
+        how = {"poisson": True} if seam == "poisson" else {"feather": seam}
+        images = fill_photo(photo, known, fill, side, model.downsampling * model.multiple, context, **how)
+        images = plain.image_processor.postprocess(images, output_type=output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
 
     @staticmethod
     def as_batch(

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ldm.constraints import Constraint, as_constraint, renewed
 from ldm.linalg import unit
-from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, jvp
+from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, drawn, jvp
 from ldm.util import moved
 
 # The authors' settings by task, read from the notebooks of their code; lr falls over the inner steps of each diffusion step.
@@ -73,7 +73,7 @@ def _newton_sampler(
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise)
         if constraint is not None and constraint.noisy and to.sigma > 0:
             x_t = renewed(constraint, x_t, to, noise)
-        sent = yield State(i, now.t, x_t, x0, residual, D.calls)
+        sent = yield State(i, now.t, x_t, x0, residual, D.calls, to.t, drawn(noise))
         x_t = x_t if sent is None else sent
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.linalg import dot, gcr, norm, ratio, shortened
-from ldm.sampling import Run, State, check_finite, jvp
+from ldm.sampling import Run, State, check_finite, drawn, jvp
 from ldm.schedules import Level, Schedule
 
 TRUST, INNER = 1.0, 10  # largest |d|_inf of a step where A changes with x0; vectors that meet y in the end
@@ -34,7 +34,7 @@ def particle_levels(schedule: Schedule, steps: int) -> list[Level]:
 
 @torch.inference_mode()
 def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y: float, h=None, mode=None):
-    """The generator behind `fast_sampler(..., particles=P)`, P > 1."""
+    """The generator behind `fast_sampler(..., particles=P)`, P > 1. A run that goes on from a state begins with equal weights."""
     D, levels, noise, x_t = run
     log_w = growth = before = x_t.new_zeros(len(x_t))
     for i, (now, to) in enumerate(pairwise(levels), start=1):
@@ -57,7 +57,7 @@ def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y
             shift = (to.alpha - (to.sigma**2 - n**2) ** 0.5 * now.alpha / now.sigma) * d / n  # of the mean, in units of n
             growth = -(dot(shift, z) + 0.5 * dot(shift, shift)).flatten()
             x_t = D.schedule.step(x_t, x0, now, to, 1.0, lambda: z + shift)  # noqa: B023
-        sent = yield State(i, now.t, x_t, x0 + d, constraint.residual(x0 + d), D.calls)
+        sent = yield State(i, now.t, x_t, x0 + d, constraint.residual(x0 + d), D.calls, to.t, drawn(noise))
         x_t = x_t if sent is None else sent
 
 

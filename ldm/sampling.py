@@ -7,7 +7,7 @@ is a callable x0 -> (e, residual), see ldm/constraints.py. All tensors are [B, .
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class State(NamedTuple):
     x0: Tensor  # [B, ...] the denoised estimate that this step ended with
     residual: Tensor | None  # [B] the constraint's residual of x0; None without a constraint
     nfe: int  # evaluations of D so far, per image
+    to: float | None = None  # the time that x_t is at; None at the clean end
+    drawn: int = 0  # tensors of noise that the seeds have given so far, to go on from here: start=state
 
 
 States = Generator[State, Tensor | None, None]
@@ -139,17 +141,46 @@ def seeded_noise(
 ) -> Callable[[], Tensor]:
     """A function that draws standard normal noise [B, ...] of `shape`, sample i from its own generator with seeds[i].
 
-    Drawn on the CPU, so that a seed means the same image alone, in any batch and on any device.
+    Drawn on the CPU, so that a seed means the same image alone, in any batch and on any device. Its attribute `drawn` counts.
     """
     if len(seeds) != shape[0]:
         raise ValueError(f"seeds has {len(seeds)} entries, but the batch has {shape[0]} samples: give one seed per sample")
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def draw() -> Tensor:
+        draw.drawn += 1  # type: ignore[attr-defined]
         noise = torch.stack([torch.randn(*shape[1:], generator=g, dtype=dtype) for g in generators])
         return noise.to(device, non_blocking=torch.device(device).type == "cuda")  # sent without waiting for the GPU
 
+    draw.drawn = 0  # type: ignore[attr-defined]
     return draw
+
+
+def drawn(noise: Callable[[], Tensor]) -> int:
+    """How often noise was drawn, of a function of `seeded_noise`; 0 for any other."""
+    return getattr(noise, "drawn", 0)
+
+
+def noised(
+    D: DenoiserLike,
+    x0: Tensor,
+    strength: float,
+    seeds: Sequence[int] | None = None,
+    noise: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, Level]:
+    """Where editing begins, a sampler's `start`: x0 [B, ...] with noise, alpha x0 + sigma n, and the level of it.
+
+    strength  from 0 (nothing changes) to 1 (nothing is left): the part of the schedule's times that the sampler then runs through
+    seeds     one per sample, or `noise`, a function that draws it. Give the sampler the same; other seeds make other variations
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength = {strength}: give a number above 0 and up to 1")
+    if (seeds is None) == (noise is None):
+        raise ValueError("seeds and noise: give one of them, seeds (one integer per sample) or noise (a function that draws it)")
+    draw = seeded_noise(x0.shape, seeds or (), x0.device, x0.dtype) if noise is None else noise
+    levels = D.schedule.levels(D.schedule.resolution)[:-1]
+    level = levels[-max(round(strength * len(levels)), 1)]
+    return level.alpha * x0 + level.sigma * draw(), level
 
 
 class Common(TypedDict, total=False):
@@ -157,7 +188,10 @@ class Common(TypedDict, total=False):
 
     levels: Sequence[Level]  # noise levels to visit, noisy to clean, instead of those that follow from `steps`
     noise: Callable[[], Tensor]  # draws [B, ...] of `shape`, instead of `seeds`: for noise from elsewhere
-    start: tuple[Tensor, Level]  # begin in the middle, at this x_t and its noise level, with the levels below it
+    start: (
+        tuple[Tensor, Level] | State
+    )  # begin in the middle: at this x_t and its level, with the levels below it (`noised`); or go
+    # on from a state that was saved, with the same seeds, levels and settings, as if the run had not been interrupted
     device: str | torch.device  # of x_t; default: D's
     dtype: torch.dtype  # of x_t; default: float32
 
@@ -179,7 +213,7 @@ def begin(
     *,
     levels: Sequence[Level] | None = None,
     noise: Callable[[], Tensor] | None = None,
-    start: tuple[Tensor, Level] | None = None,
+    start: tuple[Tensor, Level] | State | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
@@ -191,6 +225,7 @@ def begin(
         seeds, noise = None, seeds
     if (seeds is None) == (noise is None):
         raise ValueError("seeds and noise: give one of them, seeds (one integer per sample) or noise (a function that draws it)")
+    own = noise is None
     if noise is None:
         noise = seeded_noise(shape, seeds or (), D.device if device is None else device, dtype)
     if len(levels) < 2 or any(b.sigma * a.alpha >= a.sigma * b.alpha for a, b in pairwise(levels)):
@@ -199,13 +234,31 @@ def begin(
         raise ValueError(f"levels ends at sigma = {levels[-1].sigma:g}: its last entry has to be ldm.schedules.CLEAN")
     if start is None:
         return Run(counted, levels, noise, noise())
-    x_t, level = start
+    x_t, level, before = _start(D.schedule, start)
     if tuple(x_t.shape) != tuple(shape):
         raise ValueError(f"start has an x_t of shape {list(x_t.shape)}, but shape is {list(shape)}: give two of the same shape")
-    if level.t is None or D.schedule.level(level.t) != level:
-        raise ValueError(f"start is at {level}: give a level of D's schedule, such as D.schedule.level(t)")
+    for _ in range(before if own else 0):
+        noise()
     below = [to for to in levels if to.sigma * level.alpha < level.sigma * to.alpha]
     return Run(counted, [level, *below], noise, x_t.clone())
+
+
+def _start(schedule: Schedule, start: Any) -> tuple[Tensor, Level, int]:
+    """x_t, its level, and the draws of the seeds' noise that came before: one, that in x_t, where `start` is no state."""
+    if isinstance(start, State):
+        if start.to is None:
+            raise ValueError("start is the last state of a run: there is nothing left to sample, x_t is the result")
+        return start.x_t, schedule.level(start.to), start.drawn
+    try:
+        x_t, level = start
+        known = level.t is not None and schedule.level(level.t) == level
+    except (TypeError, ValueError, AttributeError):  # no pair, no time of the schedule, no Level
+        known = False
+    if not known or not torch.is_tensor(x_t):
+        pair = isinstance(start, tuple) and len(start) == 2 and torch.is_tensor(start[0])
+        shown = f"at {start[1]}" if pair and not torch.is_tensor(start[1]) else f"a {type(start).__name__} of something else"
+        raise ValueError(f"start is {shown}: give (x_t, level), a level of D's schedule such as D.schedule.level(t), or a State")
+    return x_t, level, 1
 
 
 def check_eta(eta: float | str) -> None:

@@ -4,9 +4,24 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.sparse.linalg import spsolve
+from torchvision.transforms.functional import gaussian_blur
 
-from ldm.inpainting import blend, check_mask, fit, harmonic_fill, join, latent_mask, make_mask, outpaint
+from ldm.images import load_image, save_image
+from ldm.inpainting import (
+    blend,
+    check_mask,
+    fill_photo,
+    fit,
+    harmonic_fill,
+    join,
+    latent_mask,
+    make_mask,
+    outpaint,
+    parts_around,
+    seam_step,
+)
 
 
 def laplace_by_scipy(values, mask):
@@ -33,6 +48,16 @@ def test_the_fill_solves_laplace_s_equation(seed, h, w, share):
     filled = harmonic_fill(values, mask)
     assert torch.equal(filled * mask, values * mask)
     assert np.abs(filled[0, 0].numpy() - expected).max() < 5e-3
+
+
+def test_the_fill_of_a_large_image_solves_it_too():
+    """Through coarser solutions, and in the window of the hole."""
+    g = torch.Generator().manual_seed(0)
+    values, mask = torch.randn(1, 1, 150, 140, generator=g), torch.ones(1, 1, 150, 140)
+    mask[..., 20:90, 30:140], mask[..., 40:43, 50:55] = 0, 1
+    filled = harmonic_fill(values, mask)
+    assert torch.equal(filled * mask, values * mask)
+    assert np.abs(filled[0, 0].numpy() - laplace_by_scipy(values[0, 0].numpy(), mask[0, 0].numpy() > 0)).max() < 2e-2
 
 
 def test_the_fill_continues_a_constant_and_never_sees_the_hole():
@@ -124,3 +149,84 @@ def test_blending_names_what_is_not_finite(options):
         blend(bad, image, mask, **options)
     with pytest.raises(FloatingPointError, match="the known image, .*, has 1 of 192 values"):
         blend(image, bad, mask, **options)
+
+
+# ---- photos at their own size
+
+
+def smooth(h, w):
+    """A random image without a preferred direction, details of about eight pixels."""
+    x = gaussian_blur(torch.randn(1, 3, h, w, generator=torch.Generator().manual_seed(0)), 25, 4.0)
+    return (x / x.abs().max() * 0.8).clamp(-1, 1)
+
+
+def holes(h, w, *rectangles):
+    mask = torch.ones(1, 1, h, w)
+    for top, left, height, width in rectangles:
+        mask[..., top : top + height, left : left + width] = 0
+    return mask
+
+
+PHOTOS = {  # size, holes, parts
+    "two holes": ((300, 400), [(40, 50, 60, 60), (220, 330, 30, 40)], 2),
+    "upright, at the edge": ((500, 120), [(420, 0, 80, 40)], 1),
+    "wide": ((90, 700), [(20, 300, 50, 90)], 1),
+    "near each other": ((300, 400), [(100, 100, 60, 60), (100, 200, 60, 60)], 1),
+    "smaller than the model": ((40, 50), [(10, 10, 20, 20)], 1),
+}
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photos_come_back_at_their_own_size(name, tmp_path):
+    """Known pixels bit-equal by file, no seam (to 10 %) although the model's images are brighter and smaller, and filled."""
+    (h, w), rectangles, count = PHOTOS[name]
+    save_image(smooth(h, w)[0], tmp_path / "photo.png")
+    photo, mask, seen = load_image(tmp_path / "photo.png"), holes(h, w, *rectangles), []
+
+    def fill(image, known):
+        seen.append(image)
+        assert min(image.shape[2:]) >= 64 and not any(n % 8 for n in image.shape[2:]) and (known == 0).any()
+        return torch.cat([image + 0.15, image - 0.1])
+
+    out = fill_photo(photo, mask, fill, 64, 8)
+    assert out.shape == (2, 3, h, w) and len(seen) == count
+    save_image(out[0], tmp_path / "filled.png")
+    before, after = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("photo", "filled"))
+    known = mask[0, 0].numpy() == 1
+    assert np.array_equal(before[known], after[known])
+    assert abs(seam_step(out, mask) / seam_step(photo, mask) - 1) < 0.1
+    assert seam_step(fill_photo(photo, mask, fill, 64, 8, feather=0), mask) > 1.5
+    assert (out - photo).abs().max() < 0.15  # the truth was there
+
+
+def test_parts_hold_their_holes_with_context_and_never_overlap():
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        h, w = torch.randint(50, 600, (2,), generator=g).tolist()
+        places = [torch.rand(4, generator=g) for _ in range(3)]
+        mask = holes(h, w, *((int(p[0] * h), int(p[1] * w), int(p[2] * 60) + 1, int(p[3] * 60) + 1) for p in places))
+        parts, count = parts_around(mask, 64, 0.5), torch.zeros(1, 1, h, w)
+        for part in parts:
+            part.of(count).add_(1)
+            inside = part.of(mask)
+            assert part.height >= min(64, h) and part.width >= min(64, w) and (inside == 0).any()
+            assert inside.shape[2:] == (part.height, part.width)
+        assert count.max() == 1 and (count[mask == 0] == 1).all()
+    assert parts_around(holes(900, 900, (400, 400, 100, 100)), 64, 1.0) == [(300, 300, 300, 300)]
+    assert parts_around(holes(900, 900, (400, 400, 100, 100)), 512, 1.0) == [(194, 194, 512, 512)]
+    for context in (-1, float("nan")):
+        with pytest.raises(ValueError, match="context = .*: give a number >= 0"):
+            parts_around(holes(90, 90, (4, 4, 10, 10)), 64, context)
+    with pytest.raises(ValueError, match=r"mask has shape \[1, 1, 9, 9\] and photo \[1, 3, 8, 9\]: give one of each"):
+        fill_photo(torch.zeros(1, 3, 8, 9), holes(9, 9, (1, 1, 2, 2)), None, 64, 8)
+    with pytest.raises(ValueError, match="mask has no hole"):
+        fill_photo(torch.zeros(1, 3, 9, 9), torch.ones(1, 1, 9, 9), None, 64, 8)
+
+
+def test_the_seam_is_a_step_or_none():
+    image, mask = smooth(100, 120), holes(100, 120, (30, 30, 40, 50))
+    assert abs(seam_step(image, mask) - 1) < 0.2
+    assert seam_step(image + 0.3 * (1 - mask), mask) > 3
+    flat = torch.zeros(1, 3, 100, 120)
+    flat[..., 1::2] = 1  # columns of two colours: across a vertical border, along a horizontal one
+    assert seam_step(flat, holes(100, 120, (0, 60, 100, 60))) > 1e6 and seam_step(flat, holes(100, 120, (50, 0, 50, 120))) < 1e-6

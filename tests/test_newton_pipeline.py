@@ -19,6 +19,7 @@ from ldm.inpainting import blend, make_mask
 from ldm.newton_pipeline import NewtonConstrainedPipeline
 from ldm.newton_sampler import sample
 from ldm.operators import downsample
+from ldm.sampling import noised
 
 PROMPTS = ["a red cat", "two dogs"]
 
@@ -239,6 +240,56 @@ def test_images_and_masks_are_read_as_everywhere(pipe, photo, mask, tmp_path):
         assert torch.equal(read(photo, same)[1], known)
     assert torch.equal(read([photo] * 2, torch.tensor(array > 0)[None].expand(2, -1, -1))[1], known.expand(2, -1, -1, -1))
     assert torch.equal(read(photo, [mask, array > 0])[1], known.expand(2, -1, -1, -1))
+
+
+def test_a_photo_comes_back_at_its_own_size(pipe):
+    """Two holes, two prompts, a shape that is no square: known pixels bit-equal; each hole at the model's size, 16 pixels."""
+    photo = Image.effect_noise((90, 61), 60).convert("RGB")
+    hole = np.zeros((61, 90), np.uint8)
+    hole[5:15, 10:20], hole[40:55, 60:90] = 255, 255
+    seen = []
+    watch = lambda pipe, step, t, tensors: seen.append(tensors["latents"].shape) or tensors  # noqa: E731
+    out = pipe(PROMPTS, photo, Image.fromarray(hole), context=0.5, generator=seeds(0, 1), callback_on_step_end=watch, **FAST).images
+    assert [image.size for image in out] == [(90, 61)] * 2 and seen[0] == (2, 4, 8, 8) and len(seen) == 6
+    for image in out:
+        before, after = np.asarray(photo), np.asarray(image)
+        assert np.array_equal(before[hole == 0], after[hole == 0]) and (before[hole > 0] != after[hole > 0]).mean() > 0.9
+    with pytest.raises(ValueError, match="context = 0.5: leave out constraint and latents as output"):
+        pipe("a cat", photo, Image.fromarray(hole), context=0.5, output_type="latent", **FAST)
+    with pytest.raises(ValueError, match="context = 0.5 with several images or masks: give one of each"):
+        pipe("a cat", [photo] * 2, Image.fromarray(hole), context=0.5, **FAST)
+
+
+def test_editing_with_a_strength(pipe, photo, mask):
+    """Without a mask the whole image, with one its hole; the less, the nearer to the image."""
+    model = from_diffusers(pipe.plain_pipeline())
+    with torch.no_grad():
+        z = model.encode(from_uint8(photo).permute(2, 0, 1)[None])
+    options = dict(output_type="latent", num_inference_steps=10, newton_steps=0, guidance_scale=1.0)
+    out = [pipe("a cat", photo, strength=s, generator=seeds(3), **options).images for s in (0.002, 0.1, 0.5)]
+    distances = [(x - z).square().mean().sqrt().item() for x in out]
+    assert distances == sorted(distances) and distances[0] < 0.1
+    start = noised(LatentDenoiser(model, ["a cat"]), z, 0.5, [3])
+    own = sample(LatentDenoiser(model, ["a cat"]), None, z.shape, [3], 10, start=start)
+    assert torch.allclose(out[2], own.x_t, atol=1e-4)
+    result = pipe("a cat", photo, mask, strength=0.5, generator=seeds(3), **FAST).images[0]
+    assert np.array_equal(np.asarray(result)[:, :8], np.asarray(photo)[:, :8])
+    with pytest.raises(ValueError, match="strength = 0.5 without an image"):
+        pipe("a cat", strength=0.5, newton_steps=0)
+    with pytest.raises(ValueError, match="strength = 0: give a number above 0"):
+        pipe("a cat", photo, mask, strength=0, **FAST)
+
+
+@pytest.mark.parametrize("method", ["newton", "fast"])
+def test_a_soft_mask_keeps_by_its_weights(pipe, photo, method):
+    """As the library's; what is black in the mask stays bit-equal."""
+    grey = np.zeros((16, 16), np.uint8)
+    grey[:, 6:], grey[:, 10:] = 100, 255
+    options = dict(generator=seeds(3), method=method, num_inference_steps=3, **({"newton_steps": 1} if method == "newton" else {}))
+    soft, hard = (pipe("a cat", photo, Image.fromarray(grey), soft=s, **options).images[0] for s in (True, False))
+    before, soft, hard = (np.asarray(x) for x in (photo, soft, hard))
+    assert np.array_equal(before[:, :6], soft[:, :6]) and np.array_equal(before[:, :6], hard[:, :6])
+    assert not np.array_equal(soft, hard)
 
 
 def test_half_precision_and_the_safety_checker(photo, mask):

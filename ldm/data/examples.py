@@ -51,6 +51,22 @@ def examples(model, task: str, image=None) -> tuple[Tensor, list[str]]:
     return images, list(words)
 
 
+def large_example(model) -> tuple[Tensor, Tensor]:
+    """(image [1, 3, H, W] in [-1, 1], mask [1, 1, H, W]) larger than the model's images and no square, with two holes: emoji side
+    by side, three times as large as they are, or for models of 256 pixels and more the photograph of a rocket."""
+    if model.image_size * model.downsampling >= PHOTO_SIZE:
+        image, holes = load_image(photo("rocket")), [(0.5, 0.2, 0.2, 0.1), (0.1, 0.7, 0.2, 0.2)]
+    else:
+        emoji = torch.cat([*sample_emoji()[0][[1, 9, 13, 23]]], 2)[None]
+        image = torch.nn.functional.interpolate(emoji, scale_factor=3, mode="bicubic").clamp(-1, 1)
+        holes = [(0.25, 0.05, 0.5, 0.12), (0.3, 0.55, 0.35, 0.12)]
+    h, w = image.shape[2:]
+    mask = torch.ones(1, 1, h, w)
+    for top, left, height, width in holes:
+        mask[..., round(top * h) : round((top + height) * h), round(left * w) : round((left + width) * w)] = 0
+    return image, mask
+
+
 def photo(name: str) -> Image.Image:
     """A photograph that scikit-image brings with it, by its name there."""
     from skimage import data  # optional, and takes a second to import
