@@ -195,7 +195,8 @@ def harmonic_fill(values: Tensor, mask: Tensor, tolerance: float = 1e-4, most: i
     if large:  # only the hole and its border are to be solved for
         span = [(hole.amax(dims) > 0).nonzero() for dims in ((0, 1, 3), (0, 1, 2))]
         if all(len(at) for at in span):
-            window = (..., *(slice(max(int(at[0]) - 1, 0), int(at[-1]) + 2) for at in span))
+            rows, columns = (slice(max(int(at[0]) - 1, 0), int(at[-1]) + 2) for at in span)
+            window = (..., rows, columns)
             if values[window].shape != values.shape:
                 values = values.clone()
                 values[window] = harmonic_fill(values[window], mask[window], tolerance, most)
