@@ -220,3 +220,21 @@ def test_what_does_not_fit_is_one_sentence(models):
         from_diffusers(model.pipeline, size=(18, 16))
     with pytest.raises(ValueError, match="vae is AsymmetricAutoencoderKL; known are AutoencoderKL, AutoencoderTiny"):
         from_diffusers(model.pipeline, vae=diffusers.AsymmetricAutoencoderKL())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_weights_and_weights_that_come_and_go(family, models):
+    """16-bit weights take and give float32; offloaded ones stay where they are between two evaluations."""
+    exact = models[family]
+    x, t = seeded_noise((2, exact.channels, *exact.latent_size), [3, 4])(), 500  # pipelines round their times to 16 bits too
+    expected = LatentDenoiser(exact, PROMPTS)(x, t)
+    size = [n * exact.downsampling for n in exact.latent_size]
+    half = from_diffusers(build(family), size=size, dtype=torch.bfloat16)
+    x0 = LatentDenoiser(half, PROMPTS)(x, t)
+    assert half.dtype == torch.bfloat16 and x0.dtype == torch.float32
+    assert (x0 - expected).norm() < 0.1 * expected.norm()
+    pipe = build(family)
+    pipe.enable_model_cpu_offload(device="cpu")
+    model = from_diffusers(pipe, size=size)
+    assert torch.allclose(LatentDenoiser(model, PROMPTS)(x, t), expected, atol=1e-4, rtol=1e-4)
+    assert hasattr(pipe.transformer, "_hf_hook") and model.decode(x).dtype == torch.float32
