@@ -7,6 +7,7 @@ writes compare_ablation.md: means, with half the width of the 95 % bootstrap int
 """
 
 import argparse
+import math
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import compare_tasks as tasks
 from tqdm import tqdm
 
 from ldm.comparison import intervals, run
+from ldm.linalg import dot, ratio
 from ldm.sampling import jvp
 from ldm.table import append_row, in_table, read_rows
 from ldm.util import resolve_device
@@ -38,8 +40,11 @@ VARIANTS = {
     "fresh = 0.5 where J is left out": dict(fresh=0.5),
     "fresh = 1 where J is left out": dict(fresh=1.0),
     "h = 0.1": dict(h=0.1),
+    "second-order multistep": {},
+    "one product with J for two steps": {},
 }
 MOVED, UNIFORM = "eps fitted to the moved x0, strength 1", "uniform levels"
+MULTISTEP, SHARED = "second-order multistep", "one product with J for two steps"
 SHOWN = ["residual", "lpips", "psnr", "accuracy", "kid"]
 
 
@@ -51,6 +56,9 @@ def settings(name, task, budget):
         cost = lambda levels: len(levels) - 1 + sum(fast.uses_J(now, to, 0.3) for now, to in pairwise(levels))  # noqa: E731
         levels = max((task.schedule.levels(n) for n in range(1, budget) if cost(task.schedule.levels(n)) <= budget), key=len)
         changed, steps = dict(levels=levels), len(levels) - 1
+    if name == SHARED:
+        with_J = lambda n: sum(fast.uses_J(now, to, 0.3) for now, to in pairwise(task.schedule.log_levels(n)))  # noqa: E731
+        steps = max(n for n in range(3, 200) if n + (with_J(n) + 1) // 2 <= budget)
     return dict(steps=steps, **task.noise, **changed)
 
 
@@ -59,6 +67,50 @@ def step_from_the_moved_x0(D, constraint, x_t, x0, now, to, noise, s):
     gamma = now.sigma**2 / max(now.alpha, 1e-3)
     d = fast.correction(constraint, x0, lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode), s.vectors, s.sigma_y)
     return D.schedule.step(x_t, x0 + s.strength * d, now, to, s.eta, noise), x0 + d
+
+
+class Multistep:
+    """`step_with_J` whose DDIM step is DPM-Solver++(2M)'s (Lu et al. 2022): x0 + (x0 - the one before) h / (2 h of before), h the
+    step in log alpha / sigma."""
+
+    def __init__(self):
+        self.before = None
+
+    def __call__(self, D, constraint, x_t, x0, now, to, noise, s):
+        h = log_ratio(to) - log_ratio(now)
+        guess = x0
+        if self.before is not None and self.before[2] == now:
+            guess = x0 + (x0 - self.before[0]) * h / (2 * self.before[1])
+        self.before = (x0, h, to)
+        x_s, moved = STEP(D, constraint, x_t, x0, now, to, noise, s)
+        shift = D.schedule.step(x_t, guess, now, to, 0.0) - D.schedule.step(x_t, x0, now, to, 0.0)
+        return x_s + shift, moved
+
+
+class Shared:
+    """`step_with_J` that takes a product with J every other time: between, d is along the last one, its length by the new r."""
+
+    def __init__(self):
+        self.kept = None
+
+    def __call__(self, D, constraint, x_t, x0, now, to, noise, s):
+        if self.kept is None or self.kept[2] != now:
+            x_s, moved = STEP(D, constraint, x_t, x0, now, to, noise, s)
+            w = moved - x0
+            self.kept = w, constraint.linearised(x0)[0](w), to
+            return x_s, moved
+        w, m, _ = self.kept
+        r = constraint.linearised(x0)[1]
+        self.kept, d = None, w * ratio(dot(r, m), dot(m, m))
+        return D.schedule.step(x_t, x0, now, to, s.eta, noise) + to.alpha * s.strength * d, x0 + d
+
+
+def log_ratio(level):
+    return math.log(max(level.alpha, 1e-3) / level.sigma)
+
+
+STEP = fast.step_with_J
+STEPS = {MOVED: lambda: step_from_the_moved_x0, MULTISTEP: Multistep, SHARED: Shared}
 
 
 def table(found):
@@ -89,8 +141,7 @@ def main():
             continue
         bar.set_description(f"{task_name}, {name}")
         task = model.task(task_name)
-        step = step_from_the_moved_x0 if name == MOVED else fast.step_with_J
-        with patch.object(fast, "step_with_J", step):
+        with patch.object(fast, "step_with_J", STEPS.get(name, lambda: STEP)()):
             x, costs = run(task, fast.fast_sampler, settings(name, task, args.budget), args.batch, device, bar)
         append_row(path, key | costs | intervals(model.measure(x, task), model.reference))
     found = sorted((row for row in read_rows(path)), key=lambda row: (args.tasks + tasks.TASKS).index(row["task"]))

@@ -1,6 +1,6 @@
 """Methods where the posterior is known: mixtures of Gaussians, and Gaussians with the covariance of images.
 
-    python benchmarks/posterior.py [--parts mixture gaussian] [--dims 8 80 800] [--budgets 10 20 44 100 220 1000]
+    python benchmarks/posterior.py [--parts mixture gaussian nonlinear] [--dims 8 80 800] [--budgets 10 20 44 100 220 1000]
                                    [--methods particles fast ...] [--seconds 300] [--report] [--quick]
 
 mixture   The problems of Cardoso et al., "Monte Carlo guided diffusion for Bayesian linear inverse problems" (ICLR 2024), as their
@@ -10,6 +10,8 @@ mixture   The problems of Cardoso et al., "Monte Carlo guided diffusion for Baye
           in the units above, with 1.96 standard errors over the problems.
 gaussian  Images of 32x32 with the covariance exp(-distance / 6). Coverage: how often a pixel of the truth lies between its 4th and
           36th, and its 10th and 30th, of 39 samples: .8 and .5 for an exact sampler. Pixels that are known exactly do not count.
+nonlinear The mixture with d = 8, d_y = 2 and y = |A x_0| + noise, or y = clip(A x_0, -0.5, 0.5) + noise, sigma_y = .57 in the units
+          above. The truth are 200,000 draws of the prior, weighted by their likelihood.
 
 Budgets count forward and backward evaluations of D. 1,000 is the largest: the schedule has 1,000 levels, most methods take one step
 for each, and `fast` at most 200 (`nfe` is what was spent). Large budgets have fewer problems, see PROBLEMS.
@@ -31,9 +33,9 @@ import torch
 from tqdm import tqdm
 
 from ldm.comparison import METHODS, EvaluationCounter, Method
-from ldm.constraints import LinearConstraint
 from ldm.fast_sampler import fast_sampler
 from ldm.mixture import Mixture, lattice, sliced_wasserstein
+from ldm.nonlinear import NonlinearOperator, measurement
 from ldm.operators import Mask, Separable, downsample, gaussian_blur, measure
 from ldm.problems import PROBLEMS as IMAGE_PROBLEMS
 from ldm.schedules import DiffusionSchedule, make_beta_schedule
@@ -61,6 +63,7 @@ SHOWN = {"particles-16": "#d62728", "fast": "#e08214", "newton": "#1f4e9c", "DPS
          "DDNM": "#7f7f7f"}  # fmt: skip
 PROBLEMS = {8: (20, 8), 80: (20, 4), 800: (6, 2)}  # d: how many up to 220 evaluations, and above
 SAMPLES = {8: 1024, 80: 1024, 800: 256}
+PARTS = ["mixture", "gaussian", "nonlinear"]
 COLUMNS = "part d d_y method budget problems failed samples nfe_forward nfe_backward distance error exact cover50 cover80".split()
 
 
@@ -81,7 +84,7 @@ class Problem:
         """n samples [n, d] and the evaluations of D, forward and backward; None where they are not finite."""
         sampler, settings = method(budget, self)
         D, g, shape = EvaluationCounter(self.D), generator(seed), (n, *self.shape)
-        constraint = LinearConstraint(self.A, self.y.float().expand(n, *self.y.shape[1:]))
+        constraint = measurement(self.A, self.y.float().expand(n, *self.y.shape[1:]))
         noise = lambda: torch.randn(shape, generator=g)  # noqa: E731
         theirs = sampler.__module__ == "foreign"
         given = dict(seeds=range(n)) if theirs else dict(seeds=None, noise=noise)
@@ -103,32 +106,57 @@ def generator(seed):
 # ---- mixtures
 
 
-def mixture_problem(d, d_y, seed):
-    """(Problem, its exact posterior)."""
+def mixture_problem(d, d_y, seed, function=None, sigma_y=None):
+    """(Problem, its exact posterior). With a function of A x the posterior is None."""
     g = generator(1000 * d_y + seed)
     prior = lattice(d, g, SCALE)
     U, _, Vt = torch.linalg.svd(torch.randn(d_y, d, generator=g, dtype=torch.float64), full_matrices=False)
     singular = torch.rand(d_y, generator=g, dtype=torch.float64)
     A = U * singular @ Vt
+    if function is not None:
+        rows = Separable(A, torch.ones(1, 1, dtype=torch.float64))
+        return Problem(prior, NonlinearOperator(lambda x: function(rows(x))), (1, d, 1), sigma_y, seed), None
     sigma_y = SCALE * float(torch.rand((), generator=g, dtype=torch.float64) * singular.max())
     problem = Problem(prior, Separable(A, torch.ones(1, 1, dtype=torch.float64)), (1, d, 1), sigma_y, seed)
     return problem, prior.posterior(A, problem.y.flatten(), sigma_y)
 
 
-def mixture_row(d, d_y, method, budget, problems, samples):
-    distances, exact, failed = [], [], 0
+def distances(problems, samples, method, budget, make):
+    """What a row says of so many problems; make: seed -> (Problem, two sets of exact draws)."""
+    found, exact = [], []
     for seed in range(problems):
-        problem, posterior = mixture_problem(d, d_y, seed)
-        truth, other = (posterior.sample(samples, generator(seed + k)) for k in (500, 501))
+        problem, truth, other = make(seed)
         x, forward, backward = problem.sample(method, budget, samples, seed + 502)
         exact.append(sliced_wasserstein(truth, other) / SCALE)
-        failed += x is None
         if x is not None:
-            distances.append(sliced_wasserstein(x, truth) / SCALE)
-    distances, exact = torch.tensor(distances or [torch.nan]), torch.tensor(exact)
-    return dict(problems=problems, failed=failed, samples=samples, nfe_forward=forward, nfe_backward=backward,
-                distance=distances.mean().item(), error=1.96 * distances.std().item() / len(distances) ** 0.5,
+            found.append(sliced_wasserstein(x, truth) / SCALE)
+    found, exact = torch.tensor(found or [torch.nan]), torch.tensor(exact)
+    return dict(problems=problems, failed=problems - int(found.isfinite().sum()), samples=samples, nfe_forward=forward,
+                nfe_backward=backward, distance=found.mean().item(), error=1.96 * found.std().item() / len(found) ** 0.5,
                 exact=exact.mean().item())  # fmt: skip
+
+
+def mixture_row(d, d_y, method, budget, problems, samples):
+    def make(seed):
+        problem, posterior = mixture_problem(d, d_y, seed)
+        return problem, *(posterior.sample(samples, generator(seed + k)) for k in (500, 501))
+
+    return distances(problems, samples, method, budget, make)
+
+
+FUNCTIONS = {"magnitude": torch.abs, "clipped": lambda y: y.clamp(-0.5, 0.5)}
+
+
+def nonlinear_row(kind, method, budget, problems, samples):
+    def make(seed):
+        problem, _ = mixture_problem(8, 2, seed, FUNCTIONS[kind], 0.05)
+        x = problem.D.prior.sample(200_000, generator(seed + 500))
+        r = (problem.y - problem.A(x.view(-1, *problem.shape))).flatten(1)
+        weights = (-0.5 * (r / problem.sigma_y).square().sum(1)).softmax(0)
+        chosen = torch.multinomial(weights, 2 * samples, replacement=True, generator=generator(seed + 501))
+        return problem, *x[chosen].chunk(2)
+
+    return distances(problems, samples, method, budget, make)
 
 
 # ---- a Gaussian with the covariance of images
@@ -218,6 +246,16 @@ def tables(rows):
             same = {r["d"]: r for r in found if (r["method"], r["budget"]) == (name, budget)}
             cells = [f"{float(r['cover50']):.2f}, {float(r['cover80']):.2f}" if r else "" for r in map(same.get, tasks)]
             lines.append(f"| {label(name)} | {budget} | {next(iter(same.values()))['problems']} | " + " | ".join(cells) + " |")
+    found = [row for row in rows if row["part"] == "nonlinear"]
+    if found:
+        lines += ["", "## Mixture, d = 8, non-linear measurements: sliced Wasserstein distance to the posterior", "",
+                  "| method | budget | problems | " + " | ".join(FUNCTIONS) + " |", "|---|---|---|---|---|"]  # fmt: skip
+        exact = [max((float(r["exact"]) for r in found if r["d"] == kind), default=float("nan")) for kind in FUNCTIONS]
+        lines.append("| two exact draws | | | " + " | ".join(f"{e:.2f}" for e in exact) + " |")
+        for name, budget in dict.fromkeys((row["method"], row["budget"]) for row in found):
+            same = {r["d"]: r for r in found if (r["method"], r["budget"]) == (name, budget)}
+            cells = [label(name), budget, next(iter(same.values()))["problems"], *map(cell, map(same.get, FUNCTIONS))]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -273,11 +311,15 @@ def jobs(args):
             for name in [m for m in args.methods if m in SHOWN]:
                 key = dict(part="gaussian", d=task, d_y="", method=name, budget=budget)
                 yield key, lambda t=task, m=ALL[name], b=budget: gaussian_row(t, m, b, 2 if args.quick else 12)
+        for kind in FUNCTIONS if "nonlinear" in args.parts and budget in (44, 220) else []:
+            for name in [m for m in args.methods if m in ("fast", "particles-16", "newton", "newton-eta1", "gradient")]:
+                key = dict(part="nonlinear", d=kind, d_y=2, method=name, budget=budget)
+                yield key, lambda k=kind, m=ALL[name], b=budget: nonlinear_row(k, m, b, 2 if args.quick else 12, 1024)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["mixture", "gaussian"], choices=["mixture", "gaussian"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--dims", nargs="+", type=int, default=[8, 80, 800], choices=list(PROBLEMS))
     parser.add_argument("--budgets", nargs="+", type=int, default=[10, 20, 44, 100, 220, 1000], help="evaluations of D")
     parser.add_argument("--methods", nargs="+", default=list(ALL), choices=list(ALL), metavar="METHOD", help=", ".join(ALL))
