@@ -161,7 +161,7 @@ def locate(source: str | Path, config: Config | None) -> tuple[Path, Config | No
 
 def read_config(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the node {target, params}, the parts) of a config: a yaml file's path, a dict or an OmegaConf; `model` may stand above
-    the node, and `parts` beside `model`."""
+    the node, and `parts` next to `model`."""
     if isinstance(config, (str, Path)):
         config = load_config(config)
     config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)

@@ -125,7 +125,7 @@ class StableDiffusion3(PipelineModel):
 
 class Flux(PipelineModel):
     """FluxPipeline: a flow on 2 x 2 patches of latents. Models distilled for guidance (FLUX.1-dev) take its scale as an input,
-    `embedded_guidance`; classifier-free guidance besides is diffusers' true_cfg_scale."""
+    `embedded_guidance`; classifier-free guidance is diffusers' true_cfg_scale."""
 
     component, patch = "transformer", 2
     embedded_guidance = 3.5

@@ -24,14 +24,14 @@ class Network:
     """(x_t [B, channels, h, w], t [B], context) -> prediction of x_t's shape and dtype, whatever the dtype of the weights."""
 
     def __init__(self, model):
-        self.model, self.downsampling = model, model.multiple  # h and w have to be multiples of it
+        self.model = model
 
     def __call__(self, x_t, t, context=None):
         model, size = self.model, tuple(x_t.shape[2:])
-        if x_t.ndim != 4 or x_t.shape[1] != model.channels or any(n % self.downsampling for n in size):
+        if x_t.ndim != 4 or x_t.shape[1] != model.channels or any(n % model.multiple for n in size):
             raise ValueError(
                 f"x_t has shape {list(x_t.shape)}, but this pipeline takes [B, {model.channels}, h, w] with h and w "
-                f"divisible by {self.downsampling}"
+                f"divisible by {model.multiple}"
             )
         if model.fixed_size and size != model.latent_size:
             raise ValueError(
@@ -102,7 +102,7 @@ class PipelineModel:
 
     @property
     def multiple(self):
-        """Of latent pixels, that sides have to be."""
+        """What the height and width of x_t have to be divisible by."""
         return self.patch or 2 ** (len(self.net.config.block_out_channels) - 1)
 
     def check(self):

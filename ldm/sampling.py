@@ -111,8 +111,8 @@ def jvp(
 ) -> Tensor:
     """J v, J = dD/dx_t at (x_t, t), for v [B, ...] of x_t's shape. Returns J v, same shape.
 
-    "difference": (D(x_t + h v / |v|_inf) - D(x_t)) |v|_inf / h, one evaluation of D besides x0 = D(x_t, t), which is evaluated
-                  too unless given. The rounding error grows as 1/h, the truncation error as h.
+    "difference": (D(x_t + h v / |v|_inf) - D(x_t)) |v|_inf / h, one evaluation of D in addition to x0 = D(x_t, t), which is
+                  evaluated too unless given. The rounding error grows as 1/h, the truncation error as h.
     "forward-ad": exact, by forward-mode differentiation (torch.func.jvp); one evaluation of D at two to three times its cost.
                   Attention runs by its plain formula meanwhile, the fused kernels have no forward derivative.
     h and mode follow the arithmetic of D where they are None. No backward graph is recorded in either mode.

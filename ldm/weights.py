@@ -45,7 +45,7 @@ AVERAGES: list[Callable[[str], str]] = [
     lambda name: "ema_model." + name,
 ]
 AVERAGE = re.compile(r"(model_ema|ema|ema_model)\..*")
-# What the file of a part alone may hold besides: its training, the other half of CLIP.
+# What else the file of a part alone may hold: its training, the other half of CLIP.
 IN_PARTS = re.compile(
     r"loss\..*|(model_)?ema.*|(.*\.)?position_ids|(model\.|transformer\.)?(visual|vision_model)\..*"
     r"|(model\.|transformer\.)?(text_model\.)?(logit_scale|visual_projection.*|text_projection.*)"

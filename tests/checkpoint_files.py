@@ -17,7 +17,7 @@ from ldm.checkpoints import load_model
 
 
 def as_lightning(state, **extra):
-    """What Lightning's files hold beside the weights, class references and foreign objects included."""
+    """What Lightning's files hold next to the weights, class references and foreign objects included."""
     return {
         "epoch": 3, "global_step": 1000, "pytorch-lightning_version": "1.4.2", "state_dict": state,
         "callbacks": {ModelCheckpoint: {"monitor": "loss", "best_model_score": torch.tensor(0.1), "score": np.float64(0.1),

@@ -55,7 +55,7 @@ def test_every_part_is_the_same(both):
             assert (ours.network(x, t, tokens[:2]) - theirs.network(x, t, tokens[:2])).abs().max() < 1e-4
     assert ours.parameterization == theirs.parameterization and ours.image_size == theirs.image_size
     assert theirs.downsampling == ours.downsampling
-    assert theirs.network.downsampling == ours.network.downsampling and ours.channels == theirs.channels
+    assert theirs.multiple == ours.multiple and ours.channels == theirs.channels
     for a, b in zip(ours.schedule.levels(20), theirs.schedule.levels(20), strict=True):
         assert (a.t is None and b == a) or torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=1e-6)
 

@@ -216,7 +216,7 @@ def test_the_basis_stays_orthogonal_where_one_gram_schmidt_would_not():
 
 @pytest.mark.parametrize("dtype, accuracy", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_breakdown_ends_cleanly_for_its_sample_alone(dtype, accuracy):
-    """Samples that begin in invariant subspaces of one and of three dimensions, beside one that does not, and one that M kills."""
+    """Samples that begin in invariant subspaces of one and of three dimensions, next to one that does not, and one that M kills."""
     values = torch.arange(20, dtype=dtype)
     b = torch.zeros(4, 20, dtype=dtype)
     b[0, 7] = -2.0

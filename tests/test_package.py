@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from types import FunctionType
 
 import pytest
@@ -125,6 +126,18 @@ def test_every_import_is_required(path):
     assert foreign <= requirements() | (requirements(extra) if extra else set())
 
 
+def test_imports_go_one_way():
+    """No circle among the modules, lazy imports included."""
+    imported = {}
+    for path in (ROOT / "ldm").rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        imported[name] = {node.module for node in nodes if node.module.startswith("ldm.")}
+        imported[name] |= {f"ldm.{alias.name}" for node in nodes if node.module == "ldm" for alias in node.names}
+    del imported["ldm.__init__"]  # which names all that people use
+    TopologicalSorter(imported).prepare()
+
+
 def test_every_requirement_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {canonical(line.partition("==")[0]) for line in lines if "==" in line}
@@ -148,6 +161,7 @@ def installed(tmp_path_factory):
 def test_a_wheel_holds_the_shipped_models_and_their_configs(installed):
     for config, weights in SHIPPED.values():
         assert (installed / "ldm/shipped" / config).is_file() and (installed / "ldm/shipped" / weights).is_file()
+    assert not list((installed / "ldm/shipped/checkpoints").glob("*/next"))
     assert (installed / "ldm/py.typed").is_file() and not (installed / "tests").exists()
 
 

@@ -13,7 +13,7 @@ from ldm.newton_sampler import newton_sampler
 from ldm.operators import box_average
 from ldm.sampling import jvp
 
-KINDS = {  # config: what its D takes besides x_t
+KINDS = {  # config: what else than x_t its D takes
     "adm/ffhq-256": None, "adm/imagenet-256-classes": [3, 7], "latent-diffusion/ffhq-ldm-vq-4": None,
     "latent-diffusion/cin256-v2": [3, 7], "latent-diffusion/lsun_churches-ldm-kl-8": None, "latent-diffusion/bsr_sr": "an image",
 }  # fmt: skip

@@ -95,7 +95,7 @@ def test_cross_attention_as_in_sd_v2():
     check(ours, theirs, context=torch.randn(2, 7, 24))
 
 
-def test_class_labels_beside_cross_attention():
+def test_class_labels_next_to_cross_attention():
     ours = UNetModel(16, 4, 32, 4, 1, [1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True, context_dim=24,
                      num_classes=10)  # fmt: skip
     theirs = diffusers.UNet2DConditionModel(

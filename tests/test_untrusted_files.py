@@ -27,7 +27,7 @@ def hostile(kind, canary):
         return pickle.dumps(Calls(os.system, command), 2)
     if kind == "eval":
         return pickle.dumps({"state_dict": {}, "x": Calls(builtins.eval, f"open({str(canary)!r}, 'w')")}, 2)
-    if kind == "nested":  # as the argument of an innocent class, beside weights
+    if kind == "nested":  # as the argument of an innocent class, next to weights
         return pickle.dumps({"callbacks": {ModelCheckpoint: Calls(subprocess.getoutput, command)}}, 2)
     if kind == "setstate":  # an object gets os.system as its __setstate__, and then a state
         state = b"}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb"

@@ -45,11 +45,6 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = instantiate_from_config(unet_config)
         self.conditioning_key = conditioning_key
 
-    @property
-    def downsampling(self):
-        """What the height and width of x_t have to be divisible by."""
-        return self.diffusion_model.downsampling
-
     def forward(self, x, t, condition=None):
         out = CONDITIONINGS[self.conditioning_key](self.diffusion_model, x, t, condition)
         return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
@@ -129,6 +124,11 @@ class DDPM(nn.Module):
     def downsampling(self):
         """Pixels per pixel of x_t: 1, but for latents."""
         return 1
+
+    @property
+    def multiple(self):
+        """What the height and width of x_t have to be divisible by."""
+        return self.unet.multiple
 
     def encode(self, images):
         """The images themselves, as this model has no autoencoder."""

@@ -145,7 +145,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.context_dim = context_dim
         self.num_classes = num_classes
-        self.downsampling = 2 ** (levels - 1)
+        self.multiple = 2 ** (levels - 1)
         emb_dim = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if isinstance(num_classes, int):
@@ -228,10 +228,10 @@ class UNetModel(nn.Module):
         return self.out(h).to(x.dtype)  # [B, out_channels, H, W]
 
     def _check(self, x, timesteps, context, y):
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.downsampling or x.shape[3] % self.downsampling:
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             raise ValueError(
                 f"x has shape {list(x.shape)}, but this U-Net takes [B, {self.in_channels}, H, W] with H and W "
-                f"divisible by {self.downsampling}"
+                f"divisible by {self.multiple}"
             )
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"timesteps has shape {list(timesteps.shape)}, but x has batch size {x.shape[0]}: give one per sample")
