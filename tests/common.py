@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.constraints import LinearConstraint
+from ldm.baselines import psld
+from ldm.constraints import DecodedConstraint, LinearConstraint
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.operators import Mask
+from ldm.operators import Mask, box_average, downsample, gaussian_blur
 from ldm.sampling import DenoiserLike
 from ldm.schedules import DiffusionSchedule, make_beta_schedule
 
@@ -136,3 +137,12 @@ def posterior(gaussian, A, y, sigma_y, alpha=0.0, sigma=1.0, x_t=None):
     given = y.flatten()[A.measured(torch.ones_like(y)).flatten() > 0]
     gain = cov @ dense.T @ torch.linalg.inv(dense @ cov @ dense.T + sigma_y**2 * torch.eye(len(dense), dtype=torch.float64))
     return mean + gain @ (given - dense @ mean), cov - gain @ dense @ cov
+
+
+OPERATORS = {"half": Mask(half_mask()), "box": box_average((8, 8), 2), "super-resolution": downsample((8, 8), 4),
+             "blur": gaussian_blur((8, 8), 0.7)}  # fmt: skip
+
+
+def psld_on_pixels(D, constraint, *args, **kwargs):
+    """PSLD with a decoder and an encoder that change nothing."""
+    return psld(D, DecodedConstraint(lambda x: x, constraint.A, constraint.y), lambda x: x, *args, **kwargs)

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import draw, half_mask, known, last, posterior, tiny_unet
+from common import draw, half_mask, known, last, posterior, psld_on_pixels, tiny_unet
 
-from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, psld, repaint
+from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.denoisers import Denoiser
 from ldm.newton_sampler import sample
@@ -15,11 +15,6 @@ from ldm.sampling import DenoiserLike, seeded_noise
 
 SHAPE = (8, 1, 8, 8)
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
-
-
-def psld_on_pixels(D, constraint, *args, **kwargs):
-    """PSLD with a decoder and an encoder that change nothing."""
-    return psld(D, DecodedConstraint(lambda x: x, constraint.A, constraint.y), lambda x: x, *args, **kwargs)
 
 
 # method, settings for few steps, forward and backward evaluations of D

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_baselines import psld_on_pixels
-from test_newton_sampler import draw, half_mask, known
+from common import draw, half_mask, known, psld_on_pixels
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, repaint
 from ldm.fast_sampler import fast_sampler

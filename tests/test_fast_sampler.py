@@ -2,7 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from common import NoBackward, draw, half_mask, known, matrix, posterior, tiny_unet
+from common import OPERATORS, NoBackward, draw, half_mask, known, matrix, posterior, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.baselines import solve_without_J
@@ -13,14 +13,12 @@ from ldm.denoisers import Denoiser
 from ldm.fast_sampler import correction, fast_sampler, steps_for
 from ldm.linalg import gcr
 from ldm.newton_sampler import sample
-from ldm.operators import Mask, box_average, downsample, gaussian_blur, measure
+from ldm.operators import Mask, downsample, gaussian_blur, measure
 from ldm.sampling import jvp, seeded_noise
 from ldm.schedules import FlowSchedule
 
 SHAPE = (8, 1, 8, 8)
 fast = import_module("ldm.fast_sampler")  # the room, not the function of its name
-OPERATORS = {"half": Mask(half_mask()), "box": box_average((8, 8), 2), "super-resolution": downsample((8, 8), 4),
-             "blur": gaussian_blur((8, 8), 0.7)}  # fmt: skip
 
 
 def last(*args, **kwargs):

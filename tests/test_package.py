@@ -138,6 +138,12 @@ def test_imports_go_one_way():
     TopologicalSorter(imported).prepare()
 
 
+def test_no_test_file_imports_another():
+    """What several of them use is in tests/common.py and other modules for it."""
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^(from|import) test_", path.read_text(), re.MULTILINE), path.name
+
+
 def test_every_requirement_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {canonical(line.partition("==")[0]) for line in lines if "==" in line}

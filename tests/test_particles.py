@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from common import smooth_gaussian
-from test_fast_sampler import OPERATORS, matrix
-from test_newton_sampler import draw, half_mask, known
+from common import OPERATORS, draw, half_mask, known, matrix, smooth_gaussian
 
 from ldm.constraints import DecodedConstraint, FunctionConstraint, LinearConstraint, inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
