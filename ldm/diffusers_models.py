@@ -63,20 +63,33 @@ class Pixels(PipelineModel):
         return self.net(x_t, t, return_dict=False)[0]
 
 
+def guidance_embedding(model, x_t):
+    """What a U-Net that was distilled for guidance takes of its scale, [B, width]; None for others."""
+    width = model.net.config.get("time_cond_proj_dim")
+    if width is None:
+        return None
+    scale = torch.full((1,), model.embedded_guidance - 1.0, device=x_t.device)
+    return model.pipeline.get_guidance_scale_embedding(scale, width).to(x_t).expand(len(x_t), -1)
+
+
 class StableDiffusion(PipelineModel):
-    """StableDiffusionPipeline, versions 1 and 2, and rectified flows of its U-Net (InstaFlow)."""
+    """StableDiffusionPipeline, versions 1 and 2, rectified flows of its U-Net (InstaFlow), and latent consistency models, whose
+    U-Net takes the scale of guidance as an input, `embedded_guidance`."""
+
+    embedded_guidance = 8.5
 
     def embed(self, prompts):
         return self.pipeline.encode_prompt(prompts, self.device, 1, False)[0], None
 
     def predict(self, x_t, t, context):
-        return self.net(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+        scale = guidance_embedding(self, x_t)
+        return self.net(x_t, t, encoder_hidden_states=context, timestep_cond=scale, return_dict=False)[0]
 
 
 class StableDiffusionXL(PipelineModel):
     """StableDiffusionXLPipeline: two text encoders, and the images' size as a condition (without crop)."""
 
-    addition = "text_time"
+    addition, embedded_guidance = "text_time", 8.5  # the latter as of StableDiffusion
 
     def embed(self, prompts):
         tokens, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
@@ -94,7 +107,8 @@ class StableDiffusionXL(PipelineModel):
         h, w = (n * self.downsampling for n in x_t.shape[2:])
         time_ids = torch.tensor([[h, w, 0, 0, h, w]], dtype=x_t.dtype, device=x_t.device).expand(len(x_t), -1)
         added = {"text_embeds": pooled, "time_ids": time_ids}
-        return self.net(x_t, t, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0]
+        return self.net(x_t, t, encoder_hidden_states=tokens, timestep_cond=guidance_embedding(self, x_t), added_cond_kwargs=added,
+                        return_dict=False)[0]  # fmt: skip
 
     def vae_dtype(self):
         """Its float16 autoencoder overflows where its config says so: then it becomes float32, and stays."""
@@ -155,7 +169,8 @@ class Flux(PipelineModel):
 
 FAMILIES = {  # pipeline's class: (adapter, the prediction where the configs do not tell)
     "DDPMPipeline": (Pixels, None), "DDIMPipeline": (Pixels, None),
-    "StableDiffusionPipeline": (StableDiffusion, None), "StableDiffusionXLPipeline": (StableDiffusionXL, None),
+    "StableDiffusionPipeline": (StableDiffusion, None), "LatentConsistencyModelPipeline": (StableDiffusion, None),
+    "StableDiffusionXLPipeline": (StableDiffusionXL, None),
     "StableDiffusion3Pipeline": (StableDiffusion3, None), "FluxPipeline": (Flux, None),
     "InstaFlowPipeline": (StableDiffusion, REVERSED),
     **{name: (TextToImage, None) for name in (

@@ -113,7 +113,7 @@ class PipelineModel:
                 f"the network takes {self.channels} channels, but the autoencoder's latents have {channels}: give the plain "
                 "text-to-image pipeline"
             )
-        for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type"):
+        for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
             if config.get(name) is not None:
                 raise ValueError(f"{name} = {config[name]!r} in the network's config is not supported")
         if config.get("addition_embed_type") != self.addition:
