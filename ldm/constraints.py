@@ -294,11 +294,12 @@ class _Derivative:
     def adjoint(self, u: Tensor) -> Tensor:
         self.constraint.backward_passes += 1
         g = self.constraint.pixels.A.vjp(self.image, u)  # on images; the rest is the decoder's vector-Jacobian product
-        if self.graph is not None:
-            z, image = self.graph
-            return torch.autograd.grad(image, z, g.clone(), retain_graph=True)[0]
-        starts, chunk = self.parts
-        return torch.cat([self._vjp(self.z[i : i + chunk], g[i : i + chunk]) for i in starts])
+        with torch.inference_mode(False), torch.enable_grad():  # blocks that are computed again have to record their graph
+            if self.graph is not None:
+                z, image = self.graph
+                return torch.autograd.grad(image, z, g.clone(), retain_graph=True)[0]
+            starts, chunk = self.parts
+            return torch.cat([self._vjp(self.z[i : i + chunk], g[i : i + chunk]) for i in starts])
 
     def _vjp(self, z: Tensor, g: Tensor) -> Tensor:
         z, image = self._decode(z)
