@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.checkpoints import load_model
-from ldm.util import resolve_device
+from ldm.util import ROOT, resolve_device
 from ldm.weights import index, match
 
 OPENAI_HUB = "timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"  # where open_clip has ViT-B/16 "openai" from
@@ -38,13 +39,42 @@ class ClipVision:
         self.visual, self.block, self.size = visual, block, size
         self.mean, self.std = (torch.tensor(v, device=visual.conv1.weight.device).view(3, 1, 1) for v in (mean, std))
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def pixels(self, images: Tensor) -> Tensor:
+        """The images as the network takes them: resized and normalised."""
         x = images
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
-        x = ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+        return ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = self.pixels(images)
         out = self.visual.forward_intermediates(x, [self.block], stop_early=True, intermediates_only=True, output_fmt="NLC")
         return out["image_intermediates"][0]
+
+
+class Clip:
+    """An open_clip model: features [B, C] of images [B, 3, H, W] in [-1, 1], differentiable, and of texts. size, mean, std as those
+    of `ClipVision`; tokenize: (texts, length) -> token numbers."""
+
+    def __init__(
+        self, network: Any, tokenize: Any, size: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
+    ):
+        self.network, self.tokenize, self.look = network, tokenize, ClipVision(network.visual, 0, size, mean, std)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.network.encode_image(self.look.pixels(images))
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        ids = self.tokenize(list(texts), self.network.context_length)
+        return self.network.encode_text(ids.to(self.look.mean.device))
+
+
+def load_clip(device: str | torch.device = "auto") -> Clip:
+    """The CLIP that this repository ships, trained on emoji and their names."""
+    from ldm.modules.encoders.modules import bpe_tokenizer
+
+    return Clip(load_model("tiny-clip", device=device), bpe_tokenizer(ROOT / "configs/tiny/bpe.txt.gz"), 64)
 
 
 def load_clip_vision(source: str | Path = "tiny-clip", block: int = 2, device: str | torch.device = "auto") -> ClipVision:

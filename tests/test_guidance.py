@@ -1,0 +1,134 @@
+"""Losses of what an image shows, against formulas, and parsers of transformers against the networks themselves."""
+
+import json
+
+import pytest
+import torch
+from pipelines import tokenizer
+from transformers import (
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPTextConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
+
+from ldm.clip import load_clip
+from ldm.constraints import LossConstraint
+from ldm.data.emoji import sample_emoji
+from ldm.guidance import colour_distance, parsing_distance, silhouette, text_distance
+from ldm.parsers import load_parser
+
+
+def itself(x):
+    return x
+
+
+def images(n=2, size=32, seed=0):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_parsing_distance_is_the_cross_entropy_of_the_pixels_that_count():
+    parse = lambda x: torch.stack([x[:, 0], x[:, 1], x[:, 2]], 1) * 4  # noqa: E731
+    x, labels = images(), torch.randint(-1, 3, (2, 32, 32), generator=torch.Generator().manual_seed(1))
+    p = parse(x).softmax(1)
+    for i, loss in enumerate(parsing_distance(parse, itself, labels)(x)):
+        counts = labels[i] >= 0
+        exact = -p[i].gather(0, labels[i].clamp_min(0)[None])[0].log()[counts].mean()
+        assert torch.allclose(loss, exact)
+    e, residual = LossConstraint(parsing_distance(parse, itself, labels[:1]))(x)
+    better = parsing_distance(parse, itself, labels[:1])(x + 0.01 * e / e.abs().amax())
+    assert e.shape == x.shape and (better < residual).all() and not e[0, :, labels[0] < 0].any()
+    for wrong, message in [
+        (torch.full((1, 32, 32), 3), "labels has values 3 to 3: the parser's classes are 0 to 2"),
+        (torch.full((1, 32, 32), -2), "labels has values -2 to -2"),
+        (torch.zeros(1, 16, 16), r"labels has shape \[1, 16, 16\], but the parser answers with 2 of \[32, 32\] pixels"),
+        (torch.zeros(3, 32, 32), r"labels has shape \[3, 32, 32\], but the parser answers with 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parsing_distance(parse, itself, wrong)(x)
+    for wrong in (torch.full((1, 32, 32), 0.5), torch.zeros(32, 32)):
+        with pytest.raises(ValueError, match="give whole numbers"):
+            parsing_distance(parse, itself, wrong)
+
+
+def test_the_silhouette_of_an_emoji_is_what_is_not_white():
+    emoji = sample_emoji()[0]
+    found = silhouette(emoji).argmax(1) == 1
+    assert torch.equal(found, emoji.amin(1) < 0.7) and 0.2 < found.float().mean() < 0.8
+    assert not silhouette(torch.ones(1, 3, 8, 8)).argmax(1).any() and silhouette(-torch.ones(1, 3, 8, 8)).argmax(1).all()
+
+
+def test_the_text_distance_is_of_clip_s_features_and_is_less_for_the_own_name():
+    clip, unit = load_clip("cpu"), torch.nn.functional.normalize
+    x, names = sample_emoji()[0][:16], sample_emoji()[1][:16]
+    losses = torch.stack([text_distance(clip, itself, name)(x) for name in names], 1)
+    own = losses.diagonal()
+    assert torch.allclose(own, text_distance(clip, itself, names)(x), atol=1e-5)
+    exact = 1 - unit(clip.network.encode_image(x), dim=1) @ unit(clip.encode_text(names), dim=1).T
+    assert torch.allclose(losses, exact, atol=1e-5) and own.mean() < losses.mean() - 0.1
+    e, _ = LossConstraint(text_distance(clip, itself, "violin"))(x[:2])
+    assert torch.isfinite(e).all() and e.flatten(1).norm(dim=1).min() > 0
+    with pytest.raises(ValueError, match="texts has 2 entries, but x0 has 16 samples"):
+        text_distance(clip, itself, ["a", "b"])(x)
+
+
+def test_the_colour_is_that_of_the_place():
+    x, where = images(), torch.zeros(1, 1, 32, 32)
+    where[..., :8] = 1
+    loss = colour_distance(itself, (0.5, 0, -0.5), where)(x)
+    assert torch.allclose(loss, (x[..., :8].mean((2, 3)) - torch.tensor([0.5, 0, -0.5])).square().sum(1), atol=1e-6)
+    e, _ = LossConstraint(colour_distance(itself, (0.5, 0, -0.5), where))(x)
+    assert not e[..., 8:].any() and e[..., :8].all()
+    assert torch.allclose(colour_distance(itself, [1, 1, 1])(torch.ones(1, 3, 4, 4)), torch.zeros(1))
+    for colour in ((0, 0), (0, 0, 2)):
+        with pytest.raises(ValueError, match="give red, green and blue from -1 to 1"):
+            colour_distance(itself, colour)
+
+
+def test_a_segformer_of_a_folder_is_a_parser(tmp_path):
+    config = SegformerConfig(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
+                             strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16,
+                             num_labels=5, id2label={i: f"class {i}" for i in range(5)})  # fmt: skip
+    network = SegformerForSemanticSegmentation(config).eval()
+    network.save_pretrained(tmp_path)
+    parser, x = load_parser(tmp_path, device="cpu"), images()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        logits = network(pixel_values=((x + 1) / 2 - mean) / std).logits
+    logits = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear")
+    assert torch.allclose(parser(x), logits, atol=1e-5) and parser.classes == [f"class {i}" for i in range(5)]
+    assert torch.equal(parser.labels(x), logits.argmax(1))
+    e, residual = LossConstraint(parsing_distance(parser, itself, parser.labels(x.flip(0))))(x)
+    assert torch.isfinite(e).all() and e.any() and (residual > 0).all()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(size={"height": 16, "width": 16}, image_mean=[0.5] * 3)))
+    assert load_parser(tmp_path, device="cpu").size == 16 and load_parser(tmp_path, device="cpu")(x).shape == (2, 5, 32, 32)
+    with pytest.raises(ValueError, match="a SegFormer has its own, leave them out"):
+        load_parser(tmp_path, ["sky", "sea"])
+
+
+def test_a_clipseg_of_a_folder_is_asked_for_each_class(tmp_path):
+    text = CLIPTextConfig(vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                          max_position_embeddings=20, projection_dim=16, bos_token_id=512, eos_token_id=513).to_dict()  # fmt: skip
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8)
+    config = CLIPSegConfig(text_config=text, vision_config=vision, projection_dim=16, reduce_dim=8, extract_layers=[0, 1, 2],
+                           decoder_num_attention_heads=2, decoder_intermediate_size=16)  # fmt: skip
+    network = CLIPSegForImageSegmentation(config).eval()
+    network.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    parser, x = load_parser(tmp_path, ["a dog", "background"], device="cpu"), images(size=48)
+    logits = parser(x)
+    assert logits.shape == (2, 2, 48, 48) and torch.allclose(parser(x[1:])[0], logits[1], atol=1e-5)
+    swapped = load_parser(tmp_path, ["background", "a dog"], device="cpu")(x)
+    assert torch.allclose(swapped.flip(1), logits, atol=1e-4)
+    for classes in (None, "a dog", ["a dog"]):
+        with pytest.raises(ValueError, match="give at least two texts"):
+            load_parser(tmp_path, classes)
+
+
+def test_other_folders_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="give a folder with the config.json of a SegFormer or a CLIPSeg"):
+        load_parser(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="its model_type is 'bert', known are 'segformer' and 'clipseg'"):
+        load_parser(tmp_path)
