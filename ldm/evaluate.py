@@ -155,8 +155,11 @@ class Evaluation(pl.LightningModule):
         D = Denoiser(self.model.network, self.model.schedule, self.model.parameterization)
         _, settings = self.chosen(self.task(torch.zeros(1, self.image_channels, self.size, self.size), [0], D))
         self.model.schedule.levels(settings["steps"])
-        if self.settings.captions == "yes" and not self.model.conditional:
-            raise ValueError(f"captions = yes: model = {self.settings.model} takes no prompts")
+        asked = "captions = yes" if self.settings.captions == "yes" else f"prompt = {self.settings.prompt!r}"
+        if not self.model.conditional and asked != "prompt = ''":
+            raise ValueError(f"{asked}: model = {self.settings.model} takes no prompts")
+        if self.settings.captions == "no":
+            self.denoiser([Input(0, Path(), "", "", self.settings.prompt)])  # a wrong label is known here
         if self.settings.inception:
             inception_features(torch.zeros(1, 3, 64, 64), self.settings.inception)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import ROOT
+from published import built
 from torch.nn.functional import interpolate
 from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
@@ -16,7 +17,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from ldm import evaluate, metrics
 from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
-from ldm.evaluate import main, read_settings
+from ldm.evaluate import Settings, main, read_settings
 from ldm.images import load_image, save_image
 from ldm.presets import sweep
 from ldm.table import KEY, read_rows
@@ -103,6 +104,15 @@ def test_a_broken_image_stops_before_the_first_sample_or_is_skipped(folder, tmp_
     for name in ("0.png", "2.png", "3.png"):
         again, before = (load_image(path / name) for path in (results, whole / "mnist-half-DDNM-20"))
         assert (again - before).abs().max() < 0.02, name
+
+
+def test_a_wrong_label_is_known_before_anything_is_read():
+    model = built("adm/imagenet-256-classes")
+    for settings in (Settings(method="fast", prompt="3"), Settings(method="fast", captions="yes")):
+        evaluate.Evaluation(model, settings).check()
+    for prompt, message in (("11", "labels = .*11.*: give"), ("a dog", "labels = .*a dog.*: give"), ("", "no label for no class")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.Evaluation(model, Settings(method="fast", prompt=prompt)).check()
 
 
 def test_results_of_one_stem_are_all_kept():
@@ -245,6 +255,7 @@ def test_images_are_cropped_to_their_middle(tmp_path):
     (["method=fast", "lr=0.1"], r"lr = 0.1: method = fast has steps, sigma_y"), (["lr=[.1,]"], r"lr = \[.1,\]: give values with"),
     (["method=newton", "lr=-1"], "lr = -1.0: give a positive number"), (["captions=maybe"], "captions = maybe: "),
     (["model=mnist", "captions=yes"], "captions = yes: model = mnist takes no prompts"),
+    (["model=mnist", "prompt=a dog"], "prompt = 'a dog': model = mnist takes no prompts"),
     (["inception=none.pth"], "inception = none.pth is not the weights of FID's Inception v3"),
     (["method=DDNM", "budget=1001"], "steps = 1001: give an integer from 1 to 1000"),
 ])  # fmt: skip
