@@ -29,6 +29,7 @@ IDS = [str(p.relative_to(ROOT)) for p in NOTEBOOKS]
 SHORTER = {
     "compare_methods": dict(digits=[2], tasks=["half", "sr4"]),
     "diffusers_inpaint": dict(seeds=[0, 1]),
+    "guidance": dict(prompts=["red apple"], steps=4),
     "jacobian_analysis": dict(times=[700, 300], krylov=8, factors=[0.5, 3.0]),
     "jacobian_exact_vs_gd": dict(times=[300], seeds=[0, 1]),
     "rectified_flow": dict(steps=10),

@@ -26,6 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Modules that need an extra; all others run on the dependencies alone.
 EXTRAS = {
     "examples": "notebooks",
+    "painting": "notebooks",
     "physics": "compare",
     "problems": "compare",
     "train": "train",
