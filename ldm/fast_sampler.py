@@ -71,9 +71,9 @@ def fast_sampler(
     1 + vectors evaluations of D at each step, and one where J is left out (sigma_t / alpha_t < late). notebooks/fast_sampler.md
     explains the steps and the defaults.
 
-    particles = P > 1 is the form that comes closer to the posterior the more steps and particles there are: each P samples in a row
-    (of one y) are steered by weights that they share, 1 + vectors evaluations at every step. P = 16 and 50 evaluations go a long
-    way. strength, late, eta and fresh belong to the form without particles: one sample per problem, made for few evaluations.
+    particles = P > 1 is the form that comes closer to the posterior the more steps and particles there are, where y has few values
+    (benchmarks/posterior.py; of images the samples vary too little). Each P samples in a row, of one y, are steered by weights that
+    they share. 1 + vectors evaluations at every step. strength, late, eta and fresh belong to the form without particles.
 
     A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along
     w = V e that of A w; sigma_y must be 0 then. The noise of a soft mask (ldm/operators.py) adds to sigma_y. `constraint=None`
