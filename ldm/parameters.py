@@ -49,6 +49,12 @@ def numbers(value: Any, name: str = "lr") -> Any:
     return tuple(parts) if parts is value else value
 
 
+def several(value: Any, name: str) -> tuple:
+    """A tuple of numbers, of what `numbers` takes: of one number, that one; of None, none."""
+    value = numbers(value, name)
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
 def text(value: Any, name: str = "image") -> str | None:
     """A text or None: paths and names, of which papermill makes numbers (2024) where it can. ~ is the home folder."""
     if value is None or isinstance(value, str) and value.strip() in ("", "None"):

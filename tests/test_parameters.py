@@ -5,12 +5,17 @@ import pytest
 import torch
 
 from ldm.masks import make_mask
-from ldm.parameters import flag, numbers, samples, text
+from ldm.parameters import flag, numbers, samples, several, text
 
 
 def passed(value):
     """What papermill makes of `-p name value`."""
     return papermill.cli._resolve_type(value)
+
+
+def test_several():
+    assert several(None, "times") == () and several(passed("700"), "times") == (700,)
+    assert several("900, 300", "times") == several([900, 300], "times") == (900, 300)
 
 
 @pytest.mark.parametrize("given, meant", [
