@@ -88,6 +88,17 @@ class PipelineModel:
         sigmas = np.linspace(1.0, 1 / steps, steps) if self.uniform else None
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=dynamic_shift(scheduler.config, tokens))
 
+    def parameters(self):
+        """Those of all components, as of a module."""
+        return (p for part in self._modules() for p in part.parameters())
+
+    def buffers(self):
+        """Likewise."""
+        return (b for part in self._modules() for b in part.buffers())
+
+    def _modules(self):
+        return [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
     @property
     def device(self):
         return self.pipeline._execution_device  # of the computation, where components are offloaded

@@ -5,7 +5,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -60,11 +59,12 @@ def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
     return live.peak
 
 
-def expected_peak(D: DenoiserLike, constraint: Constraint | None, shape: Sequence[int], weights: nn.Module | None = None) -> float:
+def expected_peak(D: DenoiserLike, constraint: Constraint | None, shape: Sequence[int], weights: Any = None) -> float:
     """GiB that sampling with J will need at its peak: the weights, x_t, x0, e and J e, and the hungriest of one evaluation
     of D, one product J e (its mode follows the arithmetic of D) and one call of the constraint. On the safe side by up to a fifth.
 
-    shape: [B, C, h, w] of x_t; weights: the module whose parameters count (a model with its autoencoder and text encoder).
+    shape: [B, C, h, w] of x_t; weights: the model whose parameters() and buffers() count, autoencoder and text encoder
+    included; None: none.
     """
     x, t = torch.zeros(shape, device=D.device), D.schedule.levels(20)[10].t
     with torch.no_grad():

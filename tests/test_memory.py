@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from pipelines import build
 
 from ldm.checkpoints import load_model
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.denoisers import LatentDenoiser
+from ldm.diffusers_models import from_diffusers
 from ldm.memory import FORWARD_AD, expected_peak, peak_bytes
 from ldm.modules.diffusionmodules import model as autoencoder
 from ldm.operators import downsample
@@ -68,3 +70,12 @@ def test_the_whole_of_a_run(model):
     assert expected_peak(D, DecodedConstraint(model.decode, A, torch.zeros(4, 3, 16, 16)), SHAPE, model) > plain
     identity = LinearConstraint(downsample((16, 16), 2), torch.zeros(4, 4, 8, 8))
     assert expected_peak(D, identity, SHAPE, model) == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_of_a_pipeline_of_diffusers(family):
+    pipeline = build(family)
+    model = from_diffusers(pipeline)
+    weights = sum(p.nbytes for part in pipeline.components.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
+    least = expected_peak(LatentDenoiser(model, "a cat"), None, (1, model.channels, *model.latent_size), model)
+    assert weights / 2**30 < least < 1
