@@ -1,6 +1,7 @@
 """Images in and out: the only place that opens image files, and that knows how pixel values 0 .. 255 map to [-1, 1]."""
 
 import io
+import operator
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -65,10 +66,12 @@ def load_image(path: Source, size: Sequence[int] | None = None, channels: int = 
     channels  3 (RGB) or 1 (grey)
     crop      keep the aspect ratio: only the image's middle is resized to `size`; False: the whole image is
 
-    Transparency is composited on white. ValueError as `open_image`, and for an image with a single row or column of pixels.
+    Transparency is composited on white. ValueError as `open_image`, for another size, and for an image with a single row or column
+    of pixels.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels = {channels}: give 1 (grey) or 3 (RGB)")
+    _check_size(size)
     image = open_image(path)
     if min(image.size) < 2:
         raise ValueError(f"image = {_shown(path)} has {image.height} x {image.width} pixels: give at least 2 x 2")
@@ -77,6 +80,15 @@ def load_image(path: Source, size: Sequence[int] | None = None, channels: int = 
         fit = ImageOps.fit if crop else Image.Image.resize
         image = fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return from_uint8(np.asarray(image)).reshape(1, *image.size[::-1], channels).permute(0, 3, 1, 2).contiguous()
+
+
+def _check_size(size):
+    try:
+        fits = size is None or len(size) == 2 and min(operator.index(n) for n in size) > 0
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"size = {size!r}: give (height, width), two positive integers")
 
 
 def on_white(image: Image.Image) -> Image.Image:

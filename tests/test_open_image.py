@@ -187,6 +187,12 @@ def test_what_cannot_be_read_is_one_sentence_with_the_file(name, tmp_path):
         open_image(data, "reference")
 
 
+@pytest.mark.parametrize("size", [64, (64,), (64, 64, 3), (32.5, 32), (0, 5), (-3, 5), "64"])
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match=r"^size = .*: give \(height, width\), two positive integers$"):
+        load_image(Image.new("RGB", (8, 8)), size)
+
+
 def test_what_is_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"image = '.*absent.png': no such file \(seen from /.*\)"):
         load_image(tmp_path / "absent.png")
