@@ -13,6 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from ldm.images import to_uint8
 from ldm.models.classifier import DigitClassifier
 from ldm.util import ROOT
 
@@ -137,8 +138,9 @@ def alexnet_features(images: Tensor, batch: int = 64) -> Tensor:
 def inception_features(images: Tensor, weights: Path, batch: int = 64) -> Tensor:
     """Features [N, 2048] of images [N, 1 or 3, H, W] in [-1, 1], on the CPU, by torch-fidelity's Inception v3 for FID. weights: its
     file, weights-inception-2015-12-05-6726825d.pth. ValueError where it or the package is missing."""
-    network, pixels = _inception(weights, images.device), (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
-    return torch.cat([network(x.expand(-1, 3, -1, -1)).cpu() for x in pixels.split(batch)])
+    network = _inception(weights, images.device)
+    parts = to_uint8(images).split(batch)
+    return torch.cat([network(x.expand(-1, 3, -1, -1).to(images.device)).cpu() for x in parts])
 
 
 @functools.lru_cache(maxsize=1)

@@ -113,9 +113,9 @@ def resampled(log_w: Tensor, noise: Tensor, last: bool) -> tuple[Tensor, Tensor]
     N, P = log_w.shape
     w = (log_w - log_w.amax(1, keepdim=True)).exp()
     w = w / w.sum(1, keepdim=True)
-    u = torch.special.ndtr(noise.flatten(1)[:, 0].double()).view(N, P)  # uniform, one number of each particle's own noise
+    u = torch.special.ndtr(noise.flatten(1)[:, 0]).view(N, P)  # uniform, one number of each particle's own noise
     at = u if last else (u[:, :1] + torch.arange(P, device=u.device)) / P
-    found = torch.searchsorted(w.double().cumsum(1), at).clamp_max(P - 1)
+    found = torch.searchsorted(w.cumsum(1), at).clamp_max(P - 1)
     own = torch.arange(P, device=w.device).expand(N, P)
     low = (w.square().sum(1, keepdim=True) > 2 / P) | last
     chosen = torch.where(low, found, own) + P * torch.arange(N, device=w.device)[:, None]
