@@ -17,6 +17,7 @@ import compare_tasks as tasks
 from tqdm import tqdm
 
 from ldm.comparison import intervals, run
+from ldm.correction import correction
 from ldm.linalg import dot, ratio
 from ldm.sampling import jvp
 from ldm.table import append_row, in_table, read_rows
@@ -65,7 +66,7 @@ def settings(name, task, budget):
 def step_from_the_moved_x0(D, constraint, x_t, x0, now, to, noise, s):
     """`step_with_J` with eps fitted to the moved x0: exact for a Gaussian."""
     gamma = now.sigma**2 / max(now.alpha, 1e-3)
-    d = fast.correction(constraint, x0, lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode), s.vectors, s.sigma_y)
+    d = correction(constraint, x0, lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode), s.vectors, s.sigma_y)
     return D.schedule.step(x_t, x0 + s.strength * d, now, to, s.eta, noise), x0 + d
 
 

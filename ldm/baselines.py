@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.constraints import Constraint, DecodedConstraint, LinearConstraint
-from ldm.fast_sampler import INNER
+from ldm.correction import INNER
 from ldm.linalg import gcr, power_iteration, unit
 from ldm.newton_sampler import step_lengths
 from ldm.operators import Mask

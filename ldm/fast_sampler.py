@@ -9,7 +9,7 @@ The direction for one vector, J A^T r, is the paper's; its length here is exact,
 """
 
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,13 +18,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.constraints import Constraint, as_constraint
-from ldm.linalg import gcr, max_norm, shortened
+from ldm.correction import INNER, correction
 from ldm.particles import particle_levels, particle_sampler
 from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, drawn, jvp
 from ldm.schedules import Level, Schedule
-
-INNER = 10  # vectors where J is left out: they cost no evaluation of D. One is exact for masks, ten are for down-sampling
-TRUST = 1.0  # largest |d|_inf of a step, where the constraint is not linear
 
 
 class Products(Common, total=False):
@@ -165,37 +162,6 @@ def step_with_noise(constraint, x_t, x0, now: Level, to: Level, noise, s: Settin
     shift = std * (c * n + (1 - c**2) ** 0.5 * noise())
     d = correction(constraint, x0, lambda v: std**2 * v, INNER if constraint.linear else 1, s.sigma_y, shift)
     return to.alpha * (x0 + d) + to.sigma * ((1 - s.fresh**2) ** 0.5 * eps + s.fresh * n), x0
-
-
-def correction(
-    constraint: Constraint,
-    x0: Tensor,
-    V: Callable[[Tensor], Tensor],
-    vectors: int,
-    sigma_y: float = 0.0,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """d of (*), with A linearised at x0; V a function v -> V v. With shift, r is that of x0 + shift."""
-    variance: Tensor | float = sigma_y**2
-    if constraint.linearised is not None:
-        A, r = constraint.linearised(x0)
-        variance = variance + A.variance
-        r = r if shift is None else r - A(shift)
-
-        def product(u):
-            w = V(A.adjoint(u))
-            return w, A(w)
-
-    else:
-        r, _ = constraint(x0)
-
-        def product(u):
-            w = V(u)
-            length = 0.1 / max_norm(w).clamp_min(1e-30)
-            return w, (r - constraint(x0 + length * w)[0]) / length
-
-    d, _ = gcr(r, product, vectors, variance)
-    return d if constraint.linear else shortened(d, TRUST)
 
 
 def uses_J(now: Level, to: Level, late: float) -> bool:

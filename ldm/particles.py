@@ -20,11 +20,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.linalg import dot, gcr, norm, ratio, shortened
+from ldm.correction import INNER, TRUST, correction
+from ldm.linalg import dot, norm, ratio, shortened
 from ldm.sampling import Run, State, check_finite, drawn, jvp
 from ldm.schedules import Level, Schedule
-
-TRUST, INNER = 1.0, 10  # largest |d|_inf of a step where A changes with x0; vectors that meet y in the end
 
 
 def particle_levels(schedule: Schedule, steps: int) -> list[Level]:
@@ -49,8 +48,9 @@ def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y
         x_t, x0, d, before = x_t[chosen], x0[chosen], d[chosen], before[chosen]
         if to.sigma == 0:
             check_finite(x0 + d, now.t)
-            exact = constraint.linear and sigma_y == 0 and not constraint.noisy
-            x_t = met(constraint, x0 + d) if exact else x0 + d
+            x_t = x0 + d
+            if constraint.linear and sigma_y == 0 and not constraint.noisy:  # the rest of y, the shortest way
+                x_t = x_t + correction(constraint, x_t, lambda v: v, INNER)
             d = x_t - x0
         else:
             n, z = D.schedule.added_noise(now, to, 1.0), noise()
@@ -92,17 +92,6 @@ def twist(A, r: Tensor, V: Callable[[Tensor], Tensor], vectors: int, sigma_y: fl
     weights = (rotation @ (c / values)[..., None])[..., 0]  # [B, K]
     d = torch.stack([w.view(-1, *[1] * (v.ndim - 1)) * v for w, v in zip(weights.unbind(1), moves, strict=True)]).sum(0)
     return d, -0.5 * (c.square() / values + values.log()).sum(1)
-
-
-def met(constraint, x0: Tensor) -> Tensor:
-    """x0 with the rest of a noise-free y put in, the shortest way: exact for masks, to rounding for down-sampling."""
-    A, r = constraint.linearised(x0)
-
-    def product(u):
-        w = A.adjoint(u)
-        return w, A(w)
-
-    return x0 + gcr(r, product, INNER)[0]
 
 
 def resampled(log_w: Tensor, noise: Tensor, last: bool) -> tuple[Tensor, Tensor]:

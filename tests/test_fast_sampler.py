@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.baselines import solve_without_J
 from ldm.checkpoints import load_model
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
+from ldm.correction import correction
 from ldm.data.mnist import sample_digits
 from ldm.denoisers import Denoiser
-from ldm.fast_sampler import correction, fast_sampler, steps_for
+from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.linalg import gcr
 from ldm.newton_sampler import sample
 from ldm.operators import Mask, downsample, gaussian_blur, measure
@@ -207,7 +208,7 @@ def test_nothing_waits_for_the_values_of_a_tensor(gaussian):
 
 def test_an_error_direction_alone_gives_the_same_line_search(gaussian, monkeypatch):
     """A mask's constraint stripped of A and y: e = r for masks, so that the general rule has to find the same steps."""
-    monkeypatch.setattr(fast, "TRUST", 100.0)
+    monkeypatch.setattr("ldm.correction.TRUST", 100.0)
     constraint = known(draw(gaussian, 8).double(), half_mask())
     stripped = lambda x0: constraint(x0)  # noqa: E731
     a = last(gaussian, constraint, SHAPE, range(8), steps=8, dtype=torch.float64)
@@ -217,7 +218,7 @@ def test_an_error_direction_alone_gives_the_same_line_search(gaussian, monkeypat
 
 def test_a_measurement_through_a_decoder_that_does_nothing_is_the_measurement(gaussian, monkeypatch):
     """Decoder: the identity. The linearised rule has to find the same steps, but for those without J, where it takes one vector."""
-    monkeypatch.setattr(fast, "TRUST", 100.0)
+    monkeypatch.setattr("ldm.correction.TRUST", 100.0)
     A, images = OPERATORS["super-resolution"], draw(gaussian, 8).double()
     settings = dict(steps=8, late=0.0, dtype=torch.float64)
     a, b = (list(fast_sampler(gaussian, c, SHAPE, range(8), **settings))[-2]

@@ -7,7 +7,8 @@ from PIL import Image
 
 from ldm.baselines import dps, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint, inpainting, latent_inpainting
-from ldm.fast_sampler import correction, fast_sampler
+from ldm.correction import correction
+from ldm.fast_sampler import fast_sampler
 from ldm.inpainting import blend, fit
 from ldm.masks import make_mask
 from ldm.newton_sampler import newton_sampler, sample
