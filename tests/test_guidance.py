@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from pipelines import tokenizer
+from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import (
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
@@ -17,6 +19,7 @@ from ldm.clip import load_clip
 from ldm.constraints import LossConstraint
 from ldm.data.emoji import sample_emoji
 from ldm.guidance import colour_distance, parsing_distance, silhouette, text_distance
+from ldm.models.bisenet import FACE, BiSeNet
 from ldm.parsers import load_parser
 
 
@@ -126,8 +129,70 @@ def test_a_clipseg_of_a_folder_is_asked_for_each_class(tmp_path):
             load_parser(tmp_path, classes)
 
 
+def bisenet_by_names(p, x):
+    """BiSeNet's equations on a state dict by its published names, without modules."""
+    conv = lambda x, name, stride=1: F.conv2d(x, p[f"{name}.weight"], None, stride, p[f"{name}.weight"].shape[-1] // 2)  # noqa: E731
+    norm = lambda x, name: F.batch_norm(x, *(p[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))  # noqa: E731
+    block = lambda x, name: norm(conv(x, f"{name}.conv"), f"{name}.bn").relu()  # noqa: E731
+    mean = lambda x: x.mean((2, 3), keepdim=True)  # noqa: E731
+
+    def refine(x, name):
+        x = block(x, f"{name}.conv")
+        return x * norm(conv(mean(x), f"{name}.conv_atten"), f"{name}.bn_atten").sigmoid()
+
+    y = F.max_pool2d(norm(conv(x, "cp.resnet.conv1", 2), "cp.resnet.bn1").relu(), 3, 2, 1)
+    features = {}
+    for i, layer in enumerate(f"cp.resnet.layer{n}" for n in (1, 2, 3, 4)):
+        for j in (0, 1):
+            at, stride = f"{layer}.{j}", 2 if i and not j else 1
+            z = norm(conv(y, f"{at}.conv1", stride), f"{at}.bn1").relu()
+            z = norm(conv(z, f"{at}.conv2"), f"{at}.bn2")
+            y = (z + (norm(conv(y, f"{at}.downsample.0", 2), f"{at}.downsample.1") if stride == 2 else y)).relu()
+        features[i] = y
+    double = lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)  # noqa: E731
+    top = block(double(refine(features[3], "cp.arm32") + block(mean(features[3]), "cp.conv_avg")), "cp.conv_head32")
+    top = block(double(refine(features[2], "cp.arm16") + top), "cp.conv_head16")
+    y = block(torch.cat([features[1], top], 1), "ffm.convblk")
+    y = y + y * conv(conv(mean(y), "ffm.conv1").relu(), "ffm.conv2").sigmoid()
+    y = conv(block(y, "conv_out.conv"), "conv_out.conv_out")
+    return F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True)
+
+
+def test_a_bisenet_of_a_file_is_a_parser(tmp_path):
+    """Random weights, as published files are written: before torch 1.6, of data-parallel training, and as safetensors."""
+    torch.manual_seed(0)
+    tensors = BiSeNet().state_dict()
+    tensors |= {k: torch.rand_like(v) + 0.5 for k, v in tensors.items() if v.ndim == 1 and "num" not in k}
+    x = images(1, 64)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    big = F.interpolate(x, (512, 512), mode="bicubic", antialias=True)
+    exact = F.interpolate(bisenet_by_names(tensors, ((big + 1) / 2 - mean) / std), (64, 64), mode="bilinear")
+    torch.save({f"module.{k}": v for k, v in tensors.items()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file({k: v for k, v in tensors.items() if "num_batches" not in k}, tmp_path / "new.safetensors")
+    for name in ("old.pth", "new.safetensors"):
+        parser = load_parser(tmp_path / name, device="cpu")
+        assert torch.allclose(parser(x), exact, atol=1e-4 * exact.abs().max()) and parser.classes == list(FACE)
+    e, _ = LossConstraint(parsing_distance(parser, itself, parser.labels(x.flip(3))))(x)
+    assert torch.isfinite(e).all() and e.any()
+
+
+def test_other_files_are_one_sentence(tmp_path):
+    small = {"conv_out.conv_out.weight": torch.zeros(3, 256, 1, 1), "cp.resnet.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    file = tmp_path / "file.pth"
+    for content, classes, message in [
+        ({"a": torch.zeros(1)}, None, r"is no BiSeNet with the names of face parsing \(cp.resnet ...\): a$"),
+        ([1], None, "is no BiSeNet with the names"),
+        (small, None, "has 3 classes, but 19 names: give classes, one for each"),
+        (small, ["a", "b", "c"], "is no BiSeNet with a ResNet-18: missing, unknown or of another shape: .* more$"),
+        (itself, None, "cannot be read as tensors"),
+    ]:
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=message):
+            load_parser(file, classes, "cpu")
+
+
 def test_other_folders_are_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="give a folder with the config.json of a SegFormer or a CLIPSeg"):
+    with pytest.raises(ValueError, match="give a folder with the config.json of a SegFormer or a CLIPSeg, or a BiSeNet's file"):
         load_parser(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="its model_type is 'bert', known are 'segformer' and 'clipseg'"):
