@@ -23,6 +23,8 @@ from ldm.particles import particle_levels, particle_sampler
 from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_eta, check_finite, check_product, drawn, jvp
 from ldm.schedules import Level, Schedule
 
+MOST_STEPS = 200  # that `evaluations` chooses
+
 
 class Products(Common, total=False):
     """Keyword arguments of `jvp` next to those that every sampler takes."""
@@ -50,7 +52,7 @@ def fast_sampler(
     shape: Sequence[int],                # [B, C, H, W] of x_t
     seeds: Sequence[int] | None = None,  # one integer per sample
     steps: int | None = None,            # diffusion steps; None: 24, or as many as `evaluations` allows
-    vectors: int = 1,                    # products with J at each of them, where J is used
+    vectors: int | None = None,          # products with J at each of them, where J is used; None: 1, or see below
     strength: float | None = None,       # of the push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
     late: float = 0.3,                   # J is left out where sigma_t / alpha_t is below this, and in the last step
     sigma_y: float = 0.0,                # standard deviation of the measurement's noise
@@ -70,7 +72,8 @@ def fast_sampler(
 
     particles = P > 1 is the form that comes closer to the posterior the more steps and particles there are, where y has few values
     (benchmarks/posterior.py; of images the samples vary too little). Each P samples in a row, of one y, are steered by weights that
-    they share. 1 + vectors evaluations at every step. strength, late, eta and fresh belong to the form without particles.
+    they share. 1 + vectors evaluations at every step; `evaluations` that 200 steps do not spend make more vectors. strength, late,
+    eta and fresh belong to the form without particles.
 
     A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along
     w = V e that of A w; sigma_y must be 0 then. The noise of a soft mask (ldm/operators.py) adds to sigma_y. `constraint=None`
@@ -79,6 +82,8 @@ def fast_sampler(
     """
     if steps is not None and evaluations is not None:
         raise ValueError(f"steps = {steps} and evaluations = {evaluations}: give one of them")
+    if vectors is None:
+        vectors = max(1, evaluations // MOST_STEPS - 1) if particles > 1 and evaluations is not None else 1
     if steps is None:
         steps = 24 if evaluations is None else steps_for(evaluations, D.schedule, vectors, late, particles)
     strength = min(2.3, 55 / steps) if strength is None else strength
@@ -179,7 +184,7 @@ def steps_for(evaluations: int, schedule: Schedule, vectors: int = 1, late: floa
 
     if cost(3) > evaluations:
         raise ValueError(f"evaluations = {evaluations}: three diffusion steps take {cost(3)} already")
-    return 2 + bisect(range(3, 201), evaluations, key=cost)
+    return 2 + bisect(range(3, MOST_STEPS + 1), evaluations, key=cost)
 
 
 def _check(s: Settings, constraint: Constraint | None) -> None:

@@ -42,8 +42,7 @@ def particle_sampler(run: Run, constraint, particles: int, vectors: int, sigma_y
         A, r = constraint.linearised(x0)
         d, log_p = twist(A, r, V, vectors, sigma_y)
         d = d if constraint.linear else shortened(d, TRUST)
-        measured = (r != 0).flatten(1).sum(1).clamp_min(1)
-        log_w, before = log_w + (vectors / measured).clamp_max(1).sqrt() * (growth + log_p - before), log_p
+        log_w, before = log_w + trusted(vectors, r) * (growth + log_p - before), log_p
         chosen, log_w = resampled(log_w.view(-1, particles), noise(), last=to.sigma == 0)
         x_t, x0, d, before = x_t[chosen], x0[chosen], d[chosen], before[chosen]
         if to.sigma == 0:
@@ -92,6 +91,11 @@ def twist(A, r: Tensor, V: Callable[[Tensor], Tensor], vectors: int, sigma_y: fl
     weights = (rotation @ (c / values)[..., None])[..., 0]  # [B, K]
     d = torch.stack([w.view(-1, *[1] * (v.ndim - 1)) * v for w, v in zip(weights.unbind(1), moves, strict=True)]).sum(0)
     return d, -0.5 * (c.square() / values + values.log()).sum(1)
+
+
+def trusted(vectors: int, r: Tensor) -> Tensor:
+    """The part by which log weights count, [B]: sqrt(K / m) of K vectors and the m > K values of r [B, ...] that are not 0."""
+    return (vectors / (r != 0).flatten(1).sum(1).clamp_min(1)).clamp_max(1).sqrt()
 
 
 def resampled(log_w: Tensor, noise: Tensor, last: bool) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,15 @@ def test_evaluations(gaussian, vectors):
         assert steps_for(n, gaussian.schedule, vectors, particles=4) * (1 + vectors) >= state.nfe
 
 
+def test_evaluations_that_200_steps_do_not_spend_make_vectors(gaussian):
+    constraint, settings = known(draw(gaussian, 8), half_mask()), dict(particles=4, evaluations=1000)
+    steps = steps_for(1000, gaussian.schedule, 4, particles=4)
+    first = next(fast_sampler(gaussian, constraint, SHAPE, range(8), **settings))
+    assert torch.equal(first.x_t, next(fast_sampler(gaussian, constraint, SHAPE, range(8), steps, 4, particles=4)).x_t)
+    assert first.nfe == 5 and steps == 200
+    assert next(fast_sampler(gaussian, constraint, SHAPE, range(8), **settings | dict(evaluations=599))).nfe == 2
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_y_without_noise_is_met(gaussian, name):
     constraint = LinearConstraint(OPERATORS[name], OPERATORS[name](draw(gaussian, 2).repeat_interleave(4, 0)))
