@@ -1,7 +1,9 @@
 """Methods where the posterior is known: mixtures of Gaussians, and Gaussians with the covariance of images.
 
-    python benchmarks/posterior.py [--parts mixture gaussian nonlinear] [--dims 8 80 800] [--budgets 10 20 44 100 220 1000]
-                                   [--methods particles fast ...] [--seconds 300] [--report] [--quick]
+    python benchmarks/posterior.py [--parts mixture gaussian w2 nonlinear] [--dims 8 80 800] [--budgets 44 220 ...]
+                                   [--methods particles-16 fast ...] [--seconds 300] [--report] [--quick]
+
+Without arguments: the rows of the committed table, see PLAN.
 
 mixture   The problems of Cardoso et al., "Monte Carlo guided diffusion for Bayesian linear inverse problems" (ICLR 2024), as their
           code makes them: 25 Gaussians of unit covariance in d dimensions (`lattice`), A [d_y, d] with random orthonormal bases and
@@ -10,11 +12,14 @@ mixture   The problems of Cardoso et al., "Monte Carlo guided diffusion for Baye
           in the units above, with 1.96 standard errors over the problems.
 gaussian  Images of 32x32 with the covariance exp(-distance / 6). Coverage: how often a pixel of the truth lies between its 4th and
           36th, and its 10th and 30th, of 39 samples: .8 and .5 for an exact sampler. Pixels that are known exactly do not count.
+w2        The same for images of 8x8: the exact distance W2 (`gaussian_w2`) between the posterior and the Gaussian with the mean and
+          the covariance of 1,024 samples, divided by 8 = sqrt(pixels). The estimate is never 0: exact draws have that of their row.
+          Samples of a linear method are Gaussian; those of others are at least that far away.
 nonlinear The mixture with d = 8, d_y = 2 and y = |A x_0| + noise, or y = clip(A x_0, -0.5, 0.5) + noise, sigma_y = .57 in the units
           above. The truth are 200,000 draws of the prior, weighted by their likelihood.
 
 Budgets count forward and backward evaluations of D. 1,000 is the largest: the schedule has 1,000 levels, most methods take one step
-for each, and `fast` at most 200 (`nfe` is what was spent). Large budgets have fewer problems, see PROBLEMS.
+for each, and `fast` at most 200 (`nfe` is what was spent). Large budgets have fewer problems where they are spent, see PROBLEMS.
 
 Appends one row per setting to --out/posterior.csv and skips rows that are there: an interrupted run goes on. --seconds: begin no
 row after so much time. Then writes posterior.md and posterior.png. --quick: a few rows, into outputs/posterior-quick.
@@ -34,7 +39,7 @@ from tqdm import tqdm
 
 from ldm.comparison import METHODS, EvaluationCounter, Method
 from ldm.fast_sampler import fast_sampler
-from ldm.mixture import Mixture, lattice, sliced_wasserstein
+from ldm.mixture import Mixture, gaussian_w2, lattice, sliced_wasserstein
 from ldm.nonlinear import NonlinearOperator, measurement
 from ldm.operators import Mask, Separable, downsample, gaussian_blur, measure
 from ldm.problems import PROBLEMS as IMAGE_PROBLEMS
@@ -52,18 +57,24 @@ PARTICLES = {
         lambda n, task, p=p: dict(particles=p, evaluations=n, **task.noise),
         label=f"fast, {p} particles",
     )
-    for p in (4, 16, 256)
+    for p in (16, 256)
 }
 # Left out: RePaint, for masks only; PSLD, for decoders; azula's DPS, which is ours to rounding; deepinv's DPS and DiffPIR, which
 # clip x0 to [-1, 1].
 OURS = {name: METHODS[name] for name in ("fast", "newton", "newton-eta1", "gradient", "DPS", "MPGD", "DDNM", "DiffPIR")}
 THEIRS = ("azula-PGDM", "azula-TMPD", "azula-MMPS", "azula-DiffPIR", "deepinv-PiGDM", "deepinv-DDRM")
 ALL = PARTICLES | OURS | {name: foreign.OTHERS[name] for name in THEIRS if name.split("-")[0] not in foreign.MISSING}
-SHOWN = {"particles-16": "#d62728", "fast": "#e08214", "newton": "#1f4e9c", "DPS": "#2a8c4a", "azula-MMPS": "#7b3fa0",
-         "DDNM": "#7f7f7f"}  # fmt: skip
-PROBLEMS = {8: (20, 8), 80: (20, 4), 800: (6, 2)}  # d: how many up to 220 evaluations, and above
+SHOWN = {"particles-16": "#d62728", "particles-256": "#7f1d1d", "fast": "#e08214", "newton": "#1f4e9c", "DPS": "#2a8c4a"}
+MAIN = ["particles-16", "particles-256", "fast", "newton", "DPS", "DDNM", "azula-MMPS"]
+# the rows of the committed table; d: {budget: methods}
+PLAN = {
+    8: {10: list(ALL), 20: MAIN, 44: list(ALL), 100: MAIN, 220: MAIN, 1000: MAIN[:-1]},
+    80: {44: MAIN, 220: [*MAIN[:3], "DPS", "DDNM"], 1000: [*MAIN[:3], "DPS", "DDNM"]},
+    800: {44: MAIN},
+}
+PROBLEMS = {8: (20, 8), 80: (20, 4), 800: (6, 2)}  # d: how many up to 220 evaluations, and above by methods that spend them
 SAMPLES = {8: 1024, 80: 1024, 800: 256}
-PARTS = ["mixture", "gaussian", "nonlinear"]
+PARTS = ["mixture", "gaussian", "w2", "nonlinear"]
 COLUMNS = "part d d_y method budget problems failed samples nfe_forward nfe_backward distance error exact cover50 cover80".split()
 
 
@@ -194,6 +205,24 @@ def gaussian_row(task, method, budget, problems):
                 error=1.96 * inside[:, 1].std().item() / len(inside) ** 0.5)  # fmt: skip
 
 
+def w2_row(task, method, budget, problems, samples=1024):
+    (A, sigma_y), prior, found = image_operators(8)[task], image_prior(8), []
+    rows = A(torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)).flatten(1).T  # A [m, 64]
+    distance = lambda x, truth: gaussian_w2(x.mean(0), torch.cov(x.T), truth.means[0], truth.cov) / 8  # noqa: E731
+    exact = torch.zeros(problems)
+    for seed in range(problems):
+        problem = Problem(prior, A, (1, 8, 8), sigma_y, seed)
+        truth = prior.posterior(rows, problem.y.flatten(), sigma_y)
+        x, forward, backward = problem.sample(method, budget, samples, seed + 502)
+        exact[seed] = distance(truth.sample(samples, generator(seed + 500)), truth)
+        if x is not None:
+            found.append(distance(x.double(), truth))
+    found = torch.tensor(found or [torch.nan])
+    return dict(problems=problems, failed=problems - int(found.isfinite().sum()), samples=samples, nfe_forward=forward,
+                nfe_backward=backward, distance=found.mean().item(), error=1.96 * found.std().item() / len(found) ** 0.5,
+                exact=exact.mean().item())  # fmt: skip
+
+
 # ---- rows, table, figure
 
 
@@ -237,15 +266,24 @@ def tables(rows):
                     cells = [label(name), str(budget), " to ".join(dict.fromkeys((spent[0], spent[-1]))),
                              next(iter(same.values()))["problems"], *map(cell, map(same.get, columns))]  # fmt: skip
                     lines.append("| " + " | ".join(cells) + " |")
-    found = [row for row in rows if row["part"] == "gaussian"]
+    found = [row for row in rows if row["part"] in ("gaussian", "w2")]
     if found:
         tasks = list(dict.fromkeys(row["d"] for row in found))
-        lines += ["", "## Gaussian images: coverage of the 50 % and 80 % intervals of a pixel", "",
-                  "| method | budget | problems | " + " | ".join(tasks) + " |", "|" + "---|" * (3 + len(tasks))]  # fmt: skip
-        for name, budget in dict.fromkeys((row["method"], row["budget"]) for row in found):
-            same = {r["d"]: r for r in found if (r["method"], r["budget"]) == (name, budget)}
-            cells = [f"{float(r['cover50']):.2f}, {float(r['cover80']):.2f}" if r else "" for r in map(same.get, tasks)]
-            lines.append(f"| {label(name)} | {budget} | {next(iter(same.values()))['problems']} | " + " | ".join(cells) + " |")
+        lines += ["", "## Gaussian images: coverage of the 50 % and 80 % intervals of a pixel, and W2 to the posterior", "",
+                  "| method | budget | " + " | ".join(f"{t}: coverage | W2" for t in tasks) + " |",
+                  "|" + "---|" * (2 + 2 * len(tasks))]  # fmt: skip
+        exact = {r["d"]: float(r["exact"]) for r in found if r["part"] == "w2"}
+        lines.append(
+            "| exact draws | | " + " | ".join(f"0.50, 0.80 | {exact[t]:.3f}" if t in exact else " | " for t in tasks) + " |"
+        )
+        order = sorted({(int(row["budget"]), list(ALL).index(row["method"])) for row in found})
+        for budget, name in ((str(budget), list(ALL)[i]) for budget, i in order):
+            cells = []
+            for t in tasks:
+                same = {r["part"]: r for r in found if (r["d"], r["method"], r["budget"]) == (t, name, budget)}
+                inside, far = same.get("gaussian"), same.get("w2")
+                cells += [f"{float(inside['cover50']):.2f}, {float(inside['cover80']):.2f}" if inside else "", cell(far, 3)]
+            lines.append(f"| {label(name)} | {budget} | " + " | ".join(cells) + " |")
     found = [row for row in rows if row["part"] == "nonlinear"]
     if found:
         lines += ["", "## Mixture, d = 8, non-linear measurements: sliced Wasserstein distance to the posterior", "",
@@ -259,17 +297,18 @@ def tables(rows):
     return "\n".join(lines) + "\n"
 
 
-def cell(row):
+def cell(row, digits=2):
     """A distance with its error, and how many problems ended without finite samples."""
     if row is None:
         return ""
     failed = f" ({row['failed']} failed)" if int(row["failed"]) else ""
-    return f"{float(row['distance']):.2f} ± {float(row['error']):.2f}{failed}"
+    return f"{float(row['distance']):.{digits}f} ± {float(row['error']):.{digits}f}{failed}"
 
 
 def figure(rows, path):
     rows = [row for row in rows if row["part"] == "mixture"]
     dims, sizes = (sorted({int(row[k]) for row in rows}) for k in ("d", "d_y"))
+    dims = [d for d in dims if len({row["budget"] for row in rows if int(row["d"]) == d}) > 1] or dims  # one budget is no curve
     fig, axes = plt.subplots(len(dims), len(sizes), figsize=(3.4 * len(sizes), 2.7 * len(dims) + 0.6), squeeze=False,
                              sharex=True, layout="constrained")  # fmt: skip
     for ax, (d, d_y) in zip(axes.flat, [(d, k) for d in dims for k in sizes], strict=True):
@@ -292,37 +331,41 @@ def figure(rows, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.supxlabel("evaluations of D (forward + backward) per sample", fontsize=10)
     fig.supylabel("sliced Wasserstein distance to the posterior", fontsize=10)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
 def jobs(args):
-    """The settings to measure, the cheapest first: (key of the row, function that makes it)."""
-    for budget in sorted(args.budgets):
+    """The settings to measure, the smallest budgets first: (key of the row, function that makes it)."""
+    few = 2 if args.quick else 12
+    for budget in sorted(args.budgets or {budget for d in args.dims for budget in PLAN[d]}):
         for d in args.dims if "mixture" in args.parts else []:
-            for d_y in (1, 2, 4):
-                for name in args.methods:
-                    n, samples = PROBLEMS[d][budget > 220], SAMPLES[d]
-                    n, samples = (2, 256) if args.quick else (n, samples)
-                    key = dict(part="mixture", d=d, d_y=d_y, method=name, budget=budget)
-                    yield key, lambda d=d, d_y=d_y, m=ALL[name], b=budget, n=n, s=samples: mixture_row(d, d_y, m, b, n, s)
-        for task in image_operators() if "gaussian" in args.parts and budget in (44, 220) else []:
-            for name in [m for m in args.methods if m in SHOWN]:
-                key = dict(part="gaussian", d=task, d_y="", method=name, budget=budget)
-                yield key, lambda t=task, m=ALL[name], b=budget: gaussian_row(t, m, b, 2 if args.quick else 12)
-        for kind in FUNCTIONS if "nonlinear" in args.parts and budget in (44, 220) else []:
-            for name in [m for m in args.methods if m in ("fast", "particles-16", "newton", "newton-eta1", "gradient")]:
-                key = dict(part="nonlinear", d=kind, d_y=2, method=name, budget=budget)
-                yield key, lambda k=kind, m=ALL[name], b=budget: nonlinear_row(k, m, b, 2 if args.quick else 12, 1024)
+            planned = MAIN if args.budgets else PLAN[d].get(budget, [])
+            for d_y, name in [(d_y, name) for d_y in (1, 2, 4) for name in args.methods or planned]:
+                n, samples = PROBLEMS[d][budget > 220 and name not in ("fast", *PARTICLES)], SAMPLES[d]
+                n, samples = (2, 256) if args.quick else (n, samples)
+                key = dict(part="mixture", d=d, d_y=d_y, method=name, budget=budget)
+                yield key, lambda d=d, d_y=d_y, m=ALL[name], b=budget, n=n, s=samples: mixture_row(d, d_y, m, b, n, s)
+        methods = [name for name in args.methods or MAIN if name in MAIN and name != "particles-256"]
+        for task, name in [(t, m) for t in image_operators() for m in methods]:
+            key = dict(d=task, d_y="", method=name, budget=budget)
+            if "gaussian" in args.parts and budget == 44:
+                yield dict(part="gaussian") | key, lambda t=task, m=ALL[name], b=budget: gaussian_row(t, m, b, few)
+            if "w2" in args.parts and budget in (44, 220):
+                yield dict(part="w2") | key, lambda t=task, m=ALL[name], b=budget: w2_row(t, m, b, min(few, 4))
+        methods = [m for m in args.methods or ALL if m in ("fast", "particles-16", "newton", "newton-eta1", "gradient")]
+        for kind, name in [(k, m) for k in FUNCTIONS for m in methods if "nonlinear" in args.parts and budget == 44]:
+            key = dict(part="nonlinear", d=kind, d_y=2, method=name, budget=budget)
+            yield key, lambda k=kind, m=ALL[name], b=budget: nonlinear_row(k, m, b, few, 1024)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--dims", nargs="+", type=int, default=[8, 80, 800], choices=list(PROBLEMS))
-    parser.add_argument("--budgets", nargs="+", type=int, default=[10, 20, 44, 100, 220, 1000], help="evaluations of D")
-    parser.add_argument("--methods", nargs="+", default=list(ALL), choices=list(ALL), metavar="METHOD", help=", ".join(ALL))
+    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="evaluations of D; default: PLAN")
+    parser.add_argument("--methods", nargs="+", default=[], choices=list(ALL), metavar="METHOD", help=", ".join(ALL))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so much time")
     parser.add_argument("--report", action="store_true", help="only write what follows from the rows")
     parser.add_argument("--quick", action="store_true")
@@ -330,7 +373,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.quick:
         args.out, args.dims, args.budgets = Path("outputs/posterior-quick"), [8], [44]
-        args.methods = [name for name in args.methods if name in (*SHOWN, "deepinv-DDRM")]
+        args.methods = [name for name in args.methods or ALL if name in (*MAIN, "deepinv-DDRM")]
     if wrong := [n for n in args.budgets if not 10 <= n <= 1000]:
         parser.error(f"--budgets {wrong[0]}: give 10 to 1000 evaluations")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
 import posterior
 import pytest
 import torch
+from common import matrix
 
 from ldm.comparison import Method
-from ldm.mixture import sliced_wasserstein
+from ldm.mixture import Mixture, sliced_wasserstein
 from ldm.sampling import State
 
 
@@ -65,6 +66,18 @@ def test_coverage_of_a_gaussian_image():
         inside.append(posterior.covered(x, problem.truth, ~known))
     inside = torch.tensor(inside).mean(0)
     assert abs(inside[0] - 0.5) < 0.08 and abs(inside[1] - 0.8) < 0.08
+
+
+@pytest.mark.parametrize("shift, expected", [(0.0, None), (0.5, 0.5)])
+def test_w2_of_exact_draws_is_that_of_their_row_and_of_moved_ones_the_move(shift, expected):
+    A, _ = posterior.image_operators(8)["noisy blur"]
+
+    def settings(n, task):
+        exact = posterior.image_prior(8).posterior(matrix(A), task.y.flatten(), task.sigma_y)
+        return dict(exact=Mixture(exact.weights, exact.means + shift, exact.cov))
+
+    row = posterior.w2_row("noisy blur", Method("oracle", oracle, settings), 44, 2)
+    assert row["exact"] < 0.06 and row["distance"] == pytest.approx(expected or row["exact"], rel=0.2)
 
 
 def test_a_budget_out_of_range_is_refused():
