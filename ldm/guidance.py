@@ -5,6 +5,7 @@ gradient is taken through `decode` and their own network, the denoiser is not di
     both = words + 0.5 * LossConstraint(parsing_distance(silhouette, model.decode, labels))
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,25 +22,59 @@ Loss = Callable[[Tensor], Tensor]
 # ---- style
 
 
-def gram(tokens: Tensor) -> Tensor:
-    """Gram matrix of features over the places of an image (Gatys et al. 2016): F^T F / N, tokens F [B, N, C] -> [B, C, C]."""
-    return tokens.transpose(1, 2) @ tokens / tokens.shape[1]
+def gram(tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Gram matrix of features over the places of an image (Gatys et al. 2016): F^T W F / sum W, tokens F [B, N, C] -> [B, C, C].
+
+    weights: W [B or 1, N], how much each place counts; None: all alike.
+    """
+    if weights is None:
+        return tokens.transpose(1, 2) @ tokens / tokens.shape[1]
+    return (weights[..., None] * tokens).transpose(1, 2) @ tokens / weights.sum(1)[:, None, None]
 
 
-def gram_distance(features: Callable[[Tensor], Tensor], decode: Decode, reference: Tensor) -> Loss:
+def gram_distance(
+    features: Callable[[Tensor], Tensor],
+    decode: Decode,
+    reference: Tensor,
+    where: Tensor | None = None,
+    reference_where: Tensor | None = None,
+) -> Loss:
     """The loss |G(features(decode(x0))) - G(features(reference))|_F, Frobenius norm of the difference of Gram matrices: style.
 
-    features: images in [-1, 1] -> tokens [B, N, C], such as `ldm.clip.ClipVision`; reference: [B or 1, 3, H, W].
+    features         images in [-1, 1] -> tokens [B, N, C], such as `ldm.clip.ClipVision`
+    reference        [B or 1, 3, H, W]; or of a whole set [B or 1, n, 3, H, W], whose n Gram matrices are averaged
+    where            [B or 1, 1, H, W] from 0 to 1, the region of the image whose style counts: what is outside is grey to
+                     `features`, and its places have no weight (N has to be a square then). None: all of it
+    reference_where  the same of the reference: [B or 1, 1, H, W], or [B or 1, n, 1, H, W]
     """
+    flat = lambda x: x.flatten(0, 1) if getattr(x, "ndim", 0) == 5 else x  # noqa: E731
     with torch.no_grad():
-        wanted = gram(features(check_image(reference, "reference")))
+        wanted = _statistics(features, check_image(flat(reference), "reference"), flat(reference_where), "reference_where")
+        if reference.ndim == 5:
+            wanted = wanted.unflatten(0, reference.shape[:2]).mean(1)
 
     def loss(x0: Tensor) -> Tensor:
         if len(wanted) not in (1, len(x0)):
             raise ValueError(f"reference has {len(wanted)} images, but x0 has {len(x0)} samples: give one for each, or one for all")
-        return torch.linalg.matrix_norm(gram(features(decode(x0))) - wanted)
+        return torch.linalg.matrix_norm(_statistics(features, decode(x0), where, "where") - wanted)
 
     return loss
+
+
+def _statistics(features: Callable[[Tensor], Tensor], images: Tensor, where: Tensor | None, name: str) -> Tensor:
+    """Gram matrices [B, C, C] of images [B, 3, H, W], of the region `where` [B or 1, 1, H, W]."""
+    if where is None:
+        return gram(features(images))
+    if where.shape[1:] != (1, *images.shape[2:]) or len(where) not in (1, len(images)):
+        raise ValueError(f"{name} has shape {list(where.shape)}, but the images have {list(images.shape)}: give [B or 1, 1, H, W]")
+    where = where.to(images)
+    if not ((where >= 0) & (where <= 1)).all() or not (where > 0).flatten(1).any(1).all():
+        raise ValueError(f"{name} has values from {where.min():.3g} to {where.max():.3g}: give 0 (outside) to 1, not all of them 0")
+    tokens = features(where * images)
+    side = math.isqrt(tokens.shape[1])
+    if side**2 != tokens.shape[1]:
+        raise ValueError(f"{name} is given, but the features have {tokens.shape[1]} places: it needs a square number of them")
+    return gram(tokens, F.adaptive_avg_pool2d(where, side).flatten(1))
 
 
 # ---- words

@@ -15,10 +15,11 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from ldm.clip import load_clip
+from ldm.clip import load_clip, load_clip_vision
 from ldm.constraints import LossConstraint
 from ldm.data.emoji import sample_emoji
-from ldm.guidance import colour_distance, parsing_distance, silhouette, text_distance
+from ldm.guidance import colour_distance, gram, gram_distance, parsing_distance, silhouette, text_distance
+from ldm.masks import make_mask
 from ldm.models.bisenet import FACE, BiSeNet
 from ldm.parsers import load_parser
 
@@ -60,6 +61,57 @@ def test_the_silhouette_of_an_emoji_is_what_is_not_white():
     found = silhouette(emoji).argmax(1) == 1
     assert torch.equal(found, emoji.amin(1) < 0.7) and 0.2 < found.float().mean() < 0.8
     assert not silhouette(torch.ones(1, 3, 8, 8)).argmax(1).any() and silhouette(-torch.ones(1, 3, 8, 8)).argmax(1).all()
+
+
+def test_the_style_of_a_region_is_that_of_its_pixels():
+    """All ones: the old distance bit for bit. Pixels outside change neither loss nor gradient. Soft weights: by the formula."""
+    vision, emoji = load_clip_vision("tiny-clip", 2, "cpu"), sample_emoji()[0]
+    x, reference = emoji[:2], emoji[20:21]
+    whole, ones = LossConstraint(gram_distance(vision, itself, reference)), torch.ones(1, 1, 64, 64)
+    same = LossConstraint(gram_distance(vision, itself, reference, ones, ones))
+    for old, new in zip(whole(x), same(x), strict=True):
+        assert torch.equal(old, new)
+    right = 1 - make_mask("right", (64, 64))
+    region = LossConstraint(gram_distance(vision, itself, reference, right))
+    (e, residual), (other_e, other) = region(x), region(torch.where(right > 0, x, emoji[5:7]))
+    assert torch.equal(residual, other) and torch.equal(e, other_e) and not e[..., :32].any() and e[..., 32:].any()
+    assert not torch.allclose(residual, region(torch.where(right > 0, emoji[5:7], x))[1], rtol=0.01)
+    pixels, soft = lambda x: x.flatten(2).transpose(1, 2), torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(2))
+    x, y = images(2, 16), images(1, 16, 1)
+    f, w, g = pixels(soft * x), soft.flatten(1), pixels(y)[0]
+    exact = [torch.linalg.matrix_norm(f[i].T @ torch.diag(w[i] / w[i].sum()) @ f[i] - g.T @ g / 256) for i in range(2)]
+    assert torch.allclose(gram_distance(pixels, itself, y, soft)(x), torch.stack(exact), rtol=1e-4)
+
+
+def test_the_style_of_a_set_is_the_mean_of_its_gram_matrices():
+    pixels, x = lambda x: x.flatten(2).transpose(1, 2), images(2, 16)
+    whole_set = torch.stack([images(3, 16, 1), images(3, 16, 2)])  # [2, 3, 3, 16, 16]
+    wanted = torch.stack([sum(gram(pixels(y[None])) for y in own)[0] / 3 for own in whole_set])
+    exact = torch.linalg.matrix_norm(gram(pixels(x)) - wanted)
+    assert torch.allclose(gram_distance(pixels, itself, whole_set)(x), exact, rtol=1e-4)
+    assert torch.allclose(gram_distance(pixels, itself, whole_set[:1])(x)[0], exact[0], rtol=1e-4)
+    assert torch.equal(gram_distance(pixels, itself, whole_set[:, :1])(x), gram_distance(pixels, itself, whole_set[:, 0])(x))
+    halves = torch.zeros(2, 3, 1, 16, 16)
+    halves[..., 8:] = 1  # each image's own mask
+    alone = gram_distance(pixels, itself, whole_set[:, 1], reference_where=halves[:, 1])(x)
+    assert torch.equal(gram_distance(pixels, itself, whole_set[:, 1:2], reference_where=halves[:, 1:2])(x), alone)
+
+
+@pytest.mark.parametrize("where, message", [
+    (torch.ones(1, 1, 8, 8), r"where has shape \[1, 1, 8, 8\], but the images have \[2, 3, 16, 16\]: give \[B or 1, 1, H, W\]"),
+    (torch.ones(3, 1, 16, 16), r"where has shape \[3, 1, 16, 16\]"),
+    (torch.ones(16, 16), r"where has shape \[16, 16\]"),
+    (torch.zeros(1, 1, 16, 16), "where has values from 0 to 0: give 0"),
+    (torch.full((1, 1, 16, 16), 2.0), "where has values from 2 to 2: give 0"),
+])  # fmt: skip
+def test_a_region_that_does_not_fit_is_one_sentence(where, message):
+    pixels, x = lambda x: x.flatten(2).transpose(1, 2), images(2, 16)
+    with pytest.raises(ValueError, match=message):
+        gram_distance(pixels, itself, x, where)(x)
+    with pytest.raises(ValueError, match=f"reference_{message}"):
+        gram_distance(pixels, itself, x, None, where)
+    with pytest.raises(ValueError, match="where is given, but the features have 255 places"):
+        gram_distance(lambda x: pixels(x)[:, 1:], itself, x, torch.ones(1, 1, 16, 16))(x)
 
 
 def test_the_text_distance_is_of_clip_s_features_and_is_less_for_the_own_name():
