@@ -1,6 +1,6 @@
 """Every method of constrained sampling on the same network, images and seeds: quality against cost.
 
-    python benchmarks/compare.py [--models mnist tiny] [--tasks half hole ...] [--methods newton fast ...]
+    python benchmarks/compare.py [--models mnist tiny tiny-flow] [--tasks half hole ...] [--methods newton fast ...]
                                  [--budgets 20 44 100 220 1000] [--images 256] [--compile] [--quick]
 
 Tasks: right half missing, centre hole, brush strokes, 90 % of the pixels missing, x4 super-resolution, blur with noise of
@@ -11,7 +11,7 @@ Appends one row per (model, task, method, budget, images) to --out/compare.csv a
 interrupted run goes on and a deleted line is made anew; what was sampled is kept in outputs/compare/ for paired differences. Then
 writes compare-MODEL.md, compare-MODEL.png (quality against seconds) and compare-MODEL-ranking.png (at 44 evaluations); of rows that
 differ in the number of images only, those of the most images. --quick: 4 images, two tasks, two budgets, into
-outputs/compare-quick. --report: only write what follows from the rows. --models tiny needs the captioned images
+outputs/compare-quick. --report: only write what follows from the rows. --models tiny and tiny-flow need the captioned images
 (make data-emoji), mnist the MNIST data.
 
 Every number has a 95 % bootstrap interval over the images. Seconds are the process's CPU seconds per image (on a GPU: wall). Memory
@@ -55,7 +55,7 @@ def main(argv=None):
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(ALL_METHODS), metavar="METHOD", help=", ".join(ALL_METHODS))
     parser.add_argument("--budgets", nargs="+", type=int, default=[20, 44, 100, 220], help="network evaluations, 20 to 1000")
-    parser.add_argument("--images", type=int, help="how many (mnist: 256, at most 1000; tiny: 128, at most 128)")
+    parser.add_argument("--images", type=int, help="how many (mnist: 256, at most 1000; tiny, tiny-flow: 128, at most 128)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="sample nothing")

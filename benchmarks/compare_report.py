@@ -20,8 +20,9 @@ LOWER_IS_BETTER = {"residual", "lpips", "kid"}
 FAMILIES = {  # family: (colour, its methods)
     "ours": ("#d62728", ["fast"]),
     "the paper's loop": ("#1f4e9c", ["newton", "newton-former", "newton-eta1"]),
-    "back-propagating": ("#2a8c4a", ["gradient", "gradient-former", "DPS", "PSLD"]),
-    "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint", "LATINO"]),
+    "back-propagating": ("#2a8c4a", ["gradient", "gradient-former", "DPS", "PSLD", "SITCOM"]),
+    "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint", "LATINO", "DAPS", "ReSample"]),
+    "flows only": ("#17939c", ["PnP-Flow", "FlowDPS", "FLAIR"]),
     "azula, back-propagating": ("#7b3fa0", ["azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS"]),
     "azula, without Jacobian": ("#b9a032", ["azula-DiffPIR", "azula-RePaint"]),
     "deepinv": ("#4d4d4d", ["deepinv-PiGDM", "deepinv-DPS", "deepinv-DDRM", "deepinv-DiffPIR"]),

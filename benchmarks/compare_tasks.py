@@ -48,11 +48,11 @@ class Tiny(_Model):
     """Held-out emoji in a random order, at most 128, without prompts; features of the shipped CLIP, KID to the held-out images
     after the first 128. Label accuracy has no meaning here."""
 
-    most, usual = 128, 128
+    name, most, usual = "tiny", 128, 128
     features = "the tiny CLIP's 128 image features, to the 219 other held-out images"
 
     def __init__(self, data, n, device):
-        held_out, model = Emoji(data, train=False, styles=SHIPPED_STYLES), load_model("tiny", device=device)
+        held_out, model = Emoji(data, train=False, styles=SHIPPED_STYLES), load_model(self.name, device=device)
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
         self.images = from_uint8(held_out.images[order[:n]]).to(device)
         self.D, self.first_stage, self.tasks = LatentDenoiser(model, ""), model, {}
@@ -65,4 +65,10 @@ class Tiny(_Model):
         return task.measure(x) | dict(features=self.judge.features(x.clamp(-1, 1)), accuracy=torch.full((len(x),), float("nan")))
 
 
-MODELS = {"mnist": Mnist, "tiny": Tiny}
+class TinyFlow(Tiny):
+    """The same images with the rectified flow."""
+
+    name = "tiny-flow"
+
+
+MODELS = {"mnist": Mnist, "tiny": Tiny, "tiny-flow": TinyFlow}

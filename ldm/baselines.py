@@ -41,7 +41,7 @@ def dps(
     (the paper's zeta_i = zeta / |r| times the gradient of |r|^2, up to the factor 2 that the authors' code leaves out too).
     One forward and one backward evaluation per step. Defaults: 1,000 steps, zeta = 1.
     """
-    _positive(zeta=zeta)
+    check_positive(zeta=zeta)
     run = _start(D, shape, seeds, steps, eta, common)
     pixels = constraint.pixels if isinstance(constraint, DecodedConstraint) else constraint
     return _dps(run, constraint, zeta, eta, lambda residual: residual * pixels.count.sqrt())
@@ -51,7 +51,7 @@ def dps(
 def _dps(run, constraint, zeta, eta, norm):
     D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels)):
-        x0, gradient, residual = _vjp(D, constraint, x_t, now.t)
+        x0, gradient, residual = vjp(D, constraint, x_t, now.t)
         length = norm(residual).clamp_min(1e-12).view(-1, *[1] * (x_t.ndim - 1)).to(x_t)
         x_t = D.schedule.step(x_t, x0, now, to, eta, noise) + zeta * gradient / length
         yield State(i + 1, now.t, x_t, x0, residual, D.calls, to.t, drawn(noise))
@@ -76,7 +76,7 @@ def gradient_steps(
     1 + K forward (x0 is had with the graph of its gradient) and K backward evaluations per step. lr: as
     that of `newton_sampler`.
     """
-    _positive(gradient_steps=gradient_steps)
+    check_positive(gradient_steps=gradient_steps)
     lengths = step_lengths(lr, gradient_steps)
     run = _start(D, shape, seeds, steps, eta, common)
     return _gradient_steps(run, constraint, lengths, eta)
@@ -87,7 +87,7 @@ def _gradient_steps(run, constraint, lengths, eta):
     D, levels, noise, x_t = run
     for i, (now, to) in enumerate(pairwise(levels)):
         for lr in lengths:
-            _, gradient, _ = _vjp(D, constraint, x_t, now.t)
+            _, gradient, _ = vjp(D, constraint, x_t, now.t)
             x_t = x_t + lr * unit(gradient)
         x0 = D(x_t, now.t)
         residual = constraint.residual(x0)
@@ -113,9 +113,9 @@ def mpgd(
     The paper tunes c for each task; here it is in units of the operator's norm |A| (power iteration; needs no evaluation of D), so
     that scale = 1 is a full step for every A. One forward evaluation per step.
     """
-    _positive(scale=scale)
+    check_positive(scale=scale)
     run = _start(D, shape, seeds, steps, eta, common)
-    c = scale / _squared_norm(constraint.A, run.x_t)
+    c = scale / squared_norm(constraint.A, run.x_t)
     return _corrected(run, constraint, eta, lambda x0, now, to: c * constraint(x0)[0])
 
 
@@ -175,7 +175,7 @@ def psld(
     encode: images -> latents, differentiable. One forward and one backward evaluation of D per step, and one of the decoder and
     the encoder each. Defaults as in the authors' code: 1,000 steps, omega = 1, gamma = 0.1.
     """
-    _positive(omega=omega)
+    check_positive(omega=omega)
     run = _start(D, shape, seeds, steps, eta, common)
     return _psld(run, constraint, encode, omega, gamma, eta)
 
@@ -216,7 +216,7 @@ def repaint(
     """
     if not isinstance(constraint.A, Mask):
         raise ValueError(f"constraint.A is a {type(constraint.A).__name__}: RePaint fills in masks only")
-    _positive(resamples=resamples)
+    check_positive(resamples=resamples)
     run = _start(D, shape, seeds, steps, 1.0, common)
     return _repaint(run, constraint, resamples)
 
@@ -257,7 +257,7 @@ def diffpir(
     0.001, as in the authors' code; weight (the paper's lambda, 6 to 8 for most tasks) and zeta (0.3 for noisy tasks) are the
     paper's. One forward evaluation per step.
     """
-    _positive(weight=weight)
+    check_positive(weight=weight)
     run = _start(D, shape, seeds, steps, zeta, common)
     return _diffpir(run, constraint, weight * max(sigma_y, 1e-3) ** 2, zeta)
 
@@ -296,12 +296,9 @@ def latino(
     found by conjugate gradients. Nothing is differentiated. sigma_y is taken as at least 0.001. The authors set delta for each
     task, here it is 1; the first z is pure noise, without their alpha Enc(A^+ y). One forward evaluation per step, 8 in the paper.
     """
-    _positive(delta=delta)
+    check_positive(delta=delta)
     run = _start(D, shape, seeds, steps, 0.0, common)
-    if isinstance(constraint, DecodedConstraint) == (encode is None):
-        raise ValueError(
-            f"encode = {encode}: give a function with a DecodedConstraint, and none with a {type(constraint).__name__}"
-        )
+    check_encode(constraint, encode)
     return _latino(run, constraint, encode, max(sigma_y, 1e-3) ** 2, delta)
 
 
@@ -324,13 +321,22 @@ def _start(D, shape, seeds, steps, eta, common) -> Run:
     return begin(D, shape, seeds, lambda: D.schedule.levels(steps), **common)
 
 
-def _positive(**values):
+def check_encode(constraint, encode):
+    """ValueError unless there is an encoder where, and only where, there is a decoder."""
+    if isinstance(constraint, DecodedConstraint) == (encode is None):
+        raise ValueError(
+            f"encode = {encode}: give a function with a DecodedConstraint, and none with a {type(constraint).__name__}"
+        )
+
+
+def check_positive(**values):
+    """ValueError unless all are positive."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} = {value}: give a positive number")
 
 
-def _vjp(D, constraint, x_t, t):
+def vjp(D, constraint, x_t, t):
     """x0 = D(x_t, t), J^T e and the residual, (e, residual) = constraint(x0): one forward, one backward evaluation."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.clone().requires_grad_()
@@ -340,7 +346,7 @@ def _vjp(D, constraint, x_t, t):
     return x0.detach(), gradient, residual
 
 
-def _squared_norm(A, like):
+def squared_norm(A, like):
     """|A|^2, the largest eigenvalue of A^T A, by power iteration from a fixed start; a float, at least a tiny positive number."""
     v = seeded_noise((1, *like.shape[1:]), [0], like.device, like.dtype)().expand(like.shape)
     return max(power_iteration(lambda v: A.adjoint(A(v)), v).max().item(), 1e-12)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, psld
 from ldm.constraints import Constraint, DecodedConstraint, latent_inpainting
 from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.metrics import bootstrap, frechet_distance, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
-from ldm.newton_sampler import PAPER, newton_sampler
+from ldm.newer_baselines import daps, flair, flair_weights, flowdps, pnp_flow, resample, sitcom
+from ldm.newton_sampler import PAPER, newton_sampler, sample
 from ldm.nonlinear import measurement
 from ldm.operators import Mask, measure
 from ldm.problems import PROBLEMS
 from ldm.problems import problem as find_problem
 from ldm.sampling import CountedDenoiser, DenoiserLike, States
-from ldm.schedules import DiffusionSchedule
+from ldm.schedules import DiffusionSchedule, FlowSchedule
 from ldm.table import PER_IMAGE
 
 TASKS = {name: PROBLEMS[name].label for name in ("half", "hole", "strokes", "sparse", "sr4", "blur")}  # of the benchmarks
@@ -104,6 +106,8 @@ NO_DECODER = "no task through the decoder and no non-linear one", lambda task: t
 ONLY_DECODER = "only tasks through the decoder, with a linear operator", lambda task: task.encode is not None and task.pixels.linear
 LINEAR = "only tasks with a linear operator", lambda task: task.pixels.linear
 ONLY_MASKS = "only masks on x_t itself", lambda task: task.linear and isinstance(task.A, Mask)
+FLOWS = "only rectified flows, with a linear operator", lambda task: is_flow(task) and task.pixels.linear
+NO_DECODER_FLOWS = "only rectified flows, no task through the decoder", lambda task: is_flow(task) and task.linear
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,44 @@ def gradient_settings(n: int, task: Task) -> dict[str, Any]:
     return dict(steps=settings["steps"], gradient_steps=settings["newton_steps"], lr=settings["lr"])
 
 
+def is_flow(task: Task) -> bool:
+    return isinstance(task.schedule, FlowSchedule)
+
+
+def region(task: Task) -> bool:
+    """Whether a region is missing, not pixels here and there."""
+    return isinstance(task.A, Mask) and find_problem(task.name)[0].on_latents
+
+
+def daps_settings(n: int, task: Task) -> dict[str, Any]:
+    """The authors' 200 levels of 5 evaluations ("1K") for 1,000 and more; below 400, as in their smallest ones, 2 evaluations."""
+    ode = 5 if n >= 400 else 2
+    return dict(steps=n // ode, ode_steps=ode, lr=5e-5 if region(task) else 1e-4)  # lr: boxes 5e-5, the other linear tasks 1e-4
+
+
+def sitcom_settings(n: int, task: Task) -> dict[str, Any]:
+    """About as many gradient steps as levels, the best for few evaluations in the authors' ablation; at 1,000 their 20 levels."""
+    steps = int((n / 2.5) ** 0.5)
+    return dict(steps=steps, gradient_steps=(n // steps - 1) // 2, tolerance=task.sigma_y + 0.001)
+
+
+def pnp_flow_settings(n: int, task: Task) -> dict[str, Any]:
+    """First the authors' 100 steps, then their 5 samples, then more steps; the powers of their tasks."""
+    samples = max(1, min(5, n // 100))
+    power = 0.5 if region(task) else 0.3 if task.name.startswith("sr") else 0.01
+    return dict(steps=1 + (n - 1) // samples, samples=samples, power=power)
+
+
+def flair_settings(n: int, task: Task) -> dict[str, Any]:
+    """lambda is measured on 16 samples of D, once for each D; that is not counted."""
+    if task.D not in FLAIR_WEIGHTS:
+        device = task.images.device
+        x0 = sample(task.D, None, (16, *task.shape), range(16), 20, device=device).x_t
+        FLAIR_WEIGHTS[task.D] = flair_weights(task.D, x0, range(16, 32))
+    return dict(steps=n, weights=FLAIR_WEIGHTS[task.D], encode=task.encode, **task.noise)
+
+
+FLAIR_WEIGHTS: WeakKeyDictionary[DenoiserLike, list[float]] = WeakKeyDictionary()
 METHODS = {
     method.name: method
     for method in (
@@ -166,6 +208,14 @@ METHODS = {
         Method("RePaint", repaint, lambda n, task: dict(steps=(n + 9) // 10), ONLY_MASKS),
         Method("DiffPIR", diffpir, lambda n, task: dict(steps=n, **task.noise), NO_DECODER),
         Method("LATINO", latino, lambda n, task: dict(steps=n, encode=task.encode, **task.noise), LINEAR),
+        Method("DAPS", daps, daps_settings, NO_DECODER),
+        # Consistent at every tenth of 500 levels in the paper: with other steps at as many levels, or at all of them.
+        Method("ReSample", resample,
+               lambda n, task: dict(steps=n, every=max(1, n // 50), encode=task.encode, **task.noise), LINEAR),
+        Method("SITCOM", sitcom, sitcom_settings),
+        Method("PnP-Flow", pnp_flow, pnp_flow_settings, NO_DECODER_FLOWS),
+        Method("FlowDPS", flowdps, lambda n, task: dict(steps=n), FLOWS),
+        Method("FLAIR", flair, flair_settings, FLOWS),
     )
 }  # fmt: skip
 LABELS = TASKS | {method.name: method.label or method.name for method in METHODS.values()}  # of tables and figures

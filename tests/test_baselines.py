@@ -4,14 +4,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import draw, half_mask, known, last, posterior, psld_on_pixels, tiny_unet
+from common import draw, half_mask, known, last, posterior, psld_on_pixels, smooth_gaussian, tiny_unet
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, repaint
 from ldm.constraints import DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.denoisers import Denoiser
+from ldm.newer_baselines import daps, flair, flowdps, pnp_flow, resample, sitcom
 from ldm.newton_sampler import sample
 from ldm.operators import Mask, box_average, downsample, measure
 from ldm.sampling import DenoiserLike, seeded_noise
+from ldm.schedules import FlowSchedule
 
 SHAPE = (8, 1, 8, 8)
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
@@ -27,12 +29,25 @@ CASES = {
     "repaint": (repaint, dict(steps=4, resamples=3), 10, 0),
     "diffpir": (diffpir, dict(steps=6), 6, 0),
     "latino": (latino, dict(steps=6), 6, 0),
+    "daps": (daps, dict(steps=3, ode_steps=2), 6, 0),
+    "resample": (resample, dict(steps=6, every=2), 6, 0),
+    "sitcom": (sitcom, dict(steps=3, gradient_steps=4), 15, 12),
+    "pnp-flow": (pnp_flow, dict(steps=4, samples=3), 10, 0),
+    "flowdps": (flowdps, dict(steps=6), 6, 0),
+    "flair": (flair, dict(steps=6), 6, 0),
 }
+FLOWS = (pnp_flow, flowdps, flair)
 
 
 @pytest.fixture(params=CASES)
 def method(request):
     return CASES[request.param]
+
+
+@pytest.fixture
+def prior(method, gaussian):
+    """The Gaussian, of a rectified flow for the methods that need one."""
+    return smooth_gaussian(FlowSchedule(scale=1000)) if method[0] in FLOWS else gaussian
 
 
 class Counting(DenoiserLike):
@@ -52,20 +67,20 @@ class Counting(DenoiserLike):
         self.backward += 1
 
 
-def test_evaluations_are_as_documented(gaussian, method):
+def test_evaluations_are_as_documented(prior, method):
     function, settings, forward, backward = method
-    D = Counting(gaussian)
-    states = list(function(D, known(draw(gaussian, 8), half_mask()), SHAPE, range(8), **settings))
+    D = Counting(prior)
+    states = list(function(D, known(draw(prior, 8), half_mask()), SHAPE, range(8), **settings))
     assert (states[-1].nfe, D.forward, D.backward) == (forward, forward, backward)
     assert [s.step for s in states] == list(range(1, settings["steps"] + 1))
     assert not states[-1].x_t.requires_grad and states[-1].residual.shape == (8,) and states[-1].x_t.shape == SHAPE
 
 
-def test_samples_of_a_batch_are_independent(gaussian, schedule, method):
+def test_samples_of_a_batch_are_independent(prior, method):
     function, settings, *_ = method
-    images, masks = draw(gaussian, 8).double(), (torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+    images, masks = draw(prior, 8).double(), (torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5).float()
     masks[5] = 0  # nothing known
-    D = Denoiser(tiny_unet().double(), schedule, "v")
+    D = Denoiser(tiny_unet().double(), prior.schedule, "velocity" if function in FLOWS else "v")
     together = last(function(D, known(images, masks), SHAPE, range(8), dtype=torch.float64, **settings))
     assert torch.isfinite(together.x_t).all()
     for i in (0, 5, 7):
@@ -74,10 +89,10 @@ def test_samples_of_a_batch_are_independent(gaussian, schedule, method):
         assert (alone.x_t - together.x_t[i]).abs().max() < 1e-6
 
 
-def test_same_seed_same_result_other_seed_other_result(gaussian, method):
+def test_same_seed_same_result_other_seed_other_result(prior, method):
     function, settings, *_ = method
-    constraint = known(draw(gaussian, 8), half_mask())
-    a, b, c = (last(function(gaussian, constraint, SHAPE, s, **settings)).x_t for s in (range(8), range(8), range(1, 9)))
+    constraint = known(draw(prior, 8), half_mask())
+    a, b, c = (last(function(prior, constraint, SHAPE, s, **settings)).x_t for s in (range(8), range(8), range(1, 9)))
     assert torch.equal(a, b) and not torch.allclose(a, c)
 
 

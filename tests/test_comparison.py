@@ -26,9 +26,11 @@ from ldm.denoisers import Denoiser
 from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distance, kernel_parts, kid, lpips_weights
 from ldm.newton_sampler import PAPER
 from ldm.sampling import DenoiserLike
+from ldm.schedules import FlowSchedule
 from ldm.table import COLUMNS, append_row, in_table, read_rows
 
 CPU = torch.device("cpu")
+FLOWS = ["PnP-Flow", "FlowDPS", "FLAIR"]  # methods for rectified flows only
 ALL = METHODS | {name: m for name, m in foreign.OTHERS.items() if name.split("-")[0] not in foreign.MISSING}
 
 
@@ -47,19 +49,21 @@ def digits(name, numbers=(0, 1)):
 
 
 @pytest.fixture
-def half_task(schedule, monkeypatch):
-    return lambda name: Task(name, sample_digits()[0][:2], Half(schedule), (1, 32, 32))
+def half_task(schedule):
+    return lambda name, flow=False: Task(name, sample_digits()[0][:2], Half(FlowSchedule() if flow else schedule), (1, 32, 32))
 
 
 @pytest.mark.parametrize("budget", [20, 44, 100, 1000])
 def test_every_method_keeps_to_its_budget_and_uses_most_of_it(half_task, budget):
-    task = half_task("half")
+    task, flow = half_task("half"), half_task("half", flow=True)
     for name, method in (ALL if budget < 100 else METHODS).items():
-        chosen = method(budget, task)
+        chosen = method(budget, flow if name in FLOWS else task)
         if chosen is None:
             assert name == "PSLD"
             continue
-        costs = run(task, *chosen, 2, CPU)[1]
+        sampler, settings = chosen
+        settings |= dict(langevin_steps=1) if name == "DAPS" else {}  # they cost no evaluation of D
+        costs = run(flow if name in FLOWS else task, sampler, settings, 2, CPU)[1]
         nfe = costs["nfe_forward"] + costs["nfe_backward"]
         least = 300 if name == "fast" and budget == 1000 else 11 if name == "RePaint" and budget == 20 else 0.77 * budget
         assert least <= nfe <= budget, (name, nfe)
@@ -71,12 +75,31 @@ def test_the_paper_s_loop_at_220_is_the_paper_s(half_task):
 
 def test_methods_apply_where_they_can(half_task):
     applies = lambda task: {name for name, method in ALL.items() if method(44, task)}  # noqa: E731
-    assert set(ALL) - applies(half_task("half")) == {"PSLD"}
-    assert set(ALL) - applies(half_task("blur")) == {"PSLD", "RePaint"} | ({"azula-RePaint"} & set(ALL))
-    task = half_task("sr4")
-    task.linear, task.first_stage, task.encode = False, object(), lambda x: x
-    left = {"newton", "newton-eta1", "fast", "gradient", "DPS", "PSLD", "LATINO"}
-    assert applies(task) == left | ({"azula-DPS", "azula-MMPS"} & set(ALL))
+    assert set(ALL) - applies(half_task("half")) == {"PSLD", *FLOWS}
+    assert set(ALL) - applies(half_task("half", flow=True)) == {"PSLD"}
+    assert set(ALL) - applies(half_task("blur")) == {"PSLD", "RePaint", *FLOWS} | ({"azula-RePaint"} & set(ALL))
+    left = {"newton", "newton-eta1", "fast", "gradient", "DPS", "PSLD", "LATINO", "ReSample", "SITCOM"}
+    for flow in (False, True):
+        task = half_task("sr4", flow)
+        task.linear, task.first_stage, task.encode = False, object(), lambda x: x
+        assert applies(task) == left | ({"azula-DPS", "azula-MMPS"} & set(ALL)) | ({"FlowDPS", "FLAIR"} if flow else set())
+
+
+def test_newer_methods_have_their_papers_settings(half_task):
+    """At the evaluations of the papers: DAPS-1K, 20 levels of SITCOM, ReSample's every tenth of 500, PnP-Flow's 100 steps of 5."""
+    chosen = lambda name, n, task="half", flow=False: METHODS[name](n, half_task(task, flow))[1]  # noqa: E731
+    assert chosen("DAPS", 1000) == dict(steps=200, ode_steps=5, lr=5e-5) and chosen("DAPS", 1000, "sparse")["lr"] == 1e-4
+    assert chosen("SITCOM", 1000, "blur") == dict(steps=20, gradient_steps=24, tolerance=pytest.approx(0.051))
+    assert chosen("ReSample", 500)["every"] == 10 and chosen("ReSample", 44)["every"] == 1
+    assert chosen("PnP-Flow", 496, flow=True) == dict(steps=124, samples=4, power=0.5)
+    assert [chosen("PnP-Flow", 100, task, flow=True)["power"] for task in ("strokes", "sr4", "sparse", "blur")] == [
+        0.5,
+        0.3,
+        0.01,
+        0.01,
+    ]
+    weights = chosen("FLAIR", 50, flow=True)["weights"]
+    assert len(weights) == 21 and weights[-1] == 0
 
 
 @pytest.mark.parametrize("name", TASKS)

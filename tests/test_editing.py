@@ -6,6 +6,7 @@ from common import draw, half_mask, known, psld_on_pixels
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, mpgd, repaint
 from ldm.fast_sampler import fast_sampler
+from ldm.newer_baselines import daps, resample, sitcom
 from ldm.newton_sampler import newton_sampler, sample
 from ldm.sampling import State, noised, seeded_noise
 from ldm.schedules import CLEAN, FlowSchedule, Level
@@ -15,6 +16,7 @@ SAMPLERS = {
     "newton": (newton_sampler, dict(newton_steps=2, eta=0.5)), "fast": (fast_sampler, {}), "dps": (dps, {}),
     "gradient steps": (gradient_steps, dict(gradient_steps=2, eta=0.5)), "mpgd": (mpgd, dict(eta=0.5)), "ddnm": (ddnm, {}),
     "diffpir": (diffpir, {}), "psld": (psld_on_pixels, {}), "repaint": (repaint, dict(resamples=2)),
+    "daps": (daps, dict(langevin_steps=3)), "resample": (resample, dict(every=2)), "sitcom": (sitcom, dict(gradient_steps=2)),
 }  # fmt: skip
 
 
