@@ -89,15 +89,13 @@ def test_newer_methods_have_their_papers_settings(half_task):
     """At the evaluations of the papers: DAPS-1K, 20 levels of SITCOM, ReSample's every tenth of 500, PnP-Flow's 100 steps of 5."""
     chosen = lambda name, n, task="half", flow=False: METHODS[name](n, half_task(task, flow))[1]  # noqa: E731
     assert chosen("DAPS", 1000) == dict(steps=200, ode_steps=5, lr=5e-5) and chosen("DAPS", 1000, "sparse")["lr"] == 1e-4
-    assert chosen("SITCOM", 1000, "blur") == dict(steps=20, gradient_steps=24, tolerance=pytest.approx(0.051))
+    assert chosen("SITCOM", 1000, "blur") == dict(
+        steps=20, gradient_steps=24, lr=pytest.approx(0.025), tolerance=pytest.approx(0.051)
+    )
     assert chosen("ReSample", 500)["every"] == 10 and chosen("ReSample", 44)["every"] == 1
     assert chosen("PnP-Flow", 496, flow=True) == dict(steps=124, samples=4, power=0.5)
-    assert [chosen("PnP-Flow", 100, task, flow=True)["power"] for task in ("strokes", "sr4", "sparse", "blur")] == [
-        0.5,
-        0.3,
-        0.01,
-        0.01,
-    ]
+    powers = dict(strokes=0.5, sr4=0.3, sparse=0.01, blur=0.01)
+    assert {task: chosen("PnP-Flow", 100, task, flow=True)["power"] for task in powers} == powers
     weights = chosen("FLAIR", 50, flow=True)["weights"]
     assert len(weights) == 21 and weights[-1] == 0
 
