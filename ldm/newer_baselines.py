@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from ldm.baselines import check_encode, check_positive, solve_without_J, squared_norm, vjp
 from ldm.constraints import Constraint, DecodedConstraint, LinearConstraint
-from ldm.fast_sampler import INNER, correction
+from ldm.correction import INNER, correction
 from ldm.linalg import norm
 from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, drawn, seeded_noise
 from ldm.schedules import CLEAN, FlowSchedule, Level, Schedule
