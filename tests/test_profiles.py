@@ -107,7 +107,8 @@ def test_words_of_examples_are_the_default_prompts(tiny):
     assert p.prompts == ["a cat"] * 8 and [len(p.seeds[part]) for part in p.parts] == [3, 3, 2]
 
 
-@pytest.mark.parametrize("task, n", [("inpainting", 1), ("super-resolution", 1), ("style", 1), ("joining", 2)])
+@pytest.mark.parametrize("task, n", [("inpainting", 1), ("super-resolution", 1), ("style", 1), ("restyling", 1), ("set", 3),
+                                     ("joining", 2)])  # fmt: skip
 def test_large_models_get_photographs(task, n):
     images, words = examples(of_config("latent-diffusion/ffhq-ldm-vq-4"), task)
     assert images.shape == (n, 3, 256, 256) and len(words) == n and 0.1 < images.std() < 1

@@ -15,6 +15,8 @@ EMOJI = {
                     "bird", "mount fuji"]),
     "super-resolution": ([0, 3, 9, 18, 23, 31], [""] * 6),
     "style": ([9, 30], [""] * 2),
+    "restyling": ([4, 9], ["monkey", "leafy green"]),
+    "set": ([i for i in range(16, 32) if i not in (20, 25)], [""] * 14),
     "joining": ([2, 3, 11, 12, 18, 19, 27, 28], [""] * 8),
 }  # fmt: skip
 # Photographs that come with scikit-image, in the public domain or CC0.
@@ -22,13 +24,16 @@ PHOTOS = {
     "inpainting": (["astronaut"], ["a portrait of an astronaut in an orange space suit"]),
     "super-resolution": (["astronaut"], [""]),
     "style": (["immunohistochemistry"], [""]),
+    "restyling": (["astronaut"], ["a portrait of an astronaut"]),
+    "set": (["brick", "grass", "gravel"], [""] * 3),
     "joining": (["coffee", "chelsea"], [""] * 2),
 }
 
 
 def examples(model, task: str, image=None) -> tuple[Tensor, list[str]]:
-    """(images [N, 3, H, W] in [-1, 1], prompts [N]) for a task: "inpainting", "super-resolution", "style" (references) or "joining"
-    (the first half of the images is joined with the second).
+    """(images [N, 3, H, W] in [-1, 1], prompts [N]) for a task: "inpainting", "super-resolution", "style" (references),
+    "restyling", "set" (of one style, of other things than are restyled) or "joining" (the first half of them is joined
+    with the second).
 
     image   what `ldm.images.open_image` takes: this one, without a prompt; for joining, it and its mirror image. None: emoji, or
             photographs for models of 256 pixels and more
