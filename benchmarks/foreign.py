@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ldm.comparison import NO_DECODER, ONLY_MASKS, Method
+from ldm.comparison import NO_DECODER, ONLY_MASKS, Method, is_flow
 from ldm.operators import Mask
 from ldm.sampling import CountedDenoiser, State, seeded_noise
 from ldm.schedules import CLEAN
@@ -74,7 +74,8 @@ def _azula_denoiser(D, image, vector):
     class Levels(Schedule):
         def __call__(self, t):
             level = CLEAN if t < 0 else D.schedule.level(t.item())
-            return tuple(torch.tensor(v, dtype=torch.float64) for v in (level.alpha, level.sigma))
+            alpha = max(level.alpha, 1e-3)  # a flow begins at 0, which their formulas divide by
+            return tuple(torch.tensor(v, dtype=torch.float64) for v in (alpha, level.sigma))
 
     class Wrapped(Denoiser):
         schedule = Levels()
@@ -223,7 +224,7 @@ class Noise(TorchFunctionMode):
         return out
 
 
-ONLY_PIXELS = "only models of pixels", lambda task: task.linear and task.first_stage is None
+ONLY_PIXELS = "only diffusion models of pixels", lambda task: task.linear and task.first_stage is None and not is_flow(task)
 OTHERS = {
     method.name: method
     for method in (

@@ -9,6 +9,7 @@ from ldm.baselines import dps
 from ldm.comparison import EvaluationCounter
 from ldm.constraints import DecodedConstraint, LinearConstraint
 from ldm.operators import Mask, downsample, gaussian_blur, measure
+from ldm.schedules import FlowSchedule
 
 azula, deepinv = foreign.azula, foreign.deepinv
 UNKNOWN = torch.arange(64).view(8, 8)[:, 4:].flatten()
@@ -66,6 +67,16 @@ def test_samples_of_a_batch_are_independent(small, method):
     for i in range(3):
         assert torch.allclose(together[i], run(LinearConstraint(A, A(images[i : i + 1])), [5 + i])[0], atol=1e-4)
     assert not torch.allclose(together[0], run(LinearConstraint(A, A(images[:1])), [6])[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["DPS", "PGDM", "TMPD", "MMPS", "DiffPIR", "RePaint"])
+def test_azula_takes_a_rectified_flow(small, kind):
+    """Whose first level has alpha = 0. Better than another image of the prior, whose residual is about 0.35."""
+    pytest.importorskip("azula")
+    D = GaussianDenoiser(small.mean, small.cov, FlowSchedule(scale=1000))
+    constraint, *_ = problem(D, Mask(half_mask().double()), 4)
+    x = last(azula(kind)(D, constraint, (4, 1, 8, 8), range(4), steps=20, dtype=torch.float64)).x_t
+    assert constraint.residual(x).max() < 0.15
 
 
 @pytest.mark.parametrize("A", [Mask(half_mask()), downsample((8, 8), 2), gaussian_blur((8, 8), 1.0)], ids=["mask", "down", "blur"])
