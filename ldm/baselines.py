@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ldm.constraints import Constraint, DecodedConstraint, LinearConstraint
+from ldm.constraints import Constraint, DecodedConstraint, LinearConstraint, LossConstraint
 from ldm.correction import INNER
 from ldm.linalg import gcr, power_iteration, unit
 from ldm.newton_sampler import step_lengths
@@ -97,7 +97,7 @@ def _gradient_steps(run, constraint, lengths, eta):
 
 def mpgd(
     D: DenoiserLike,
-    constraint: LinearConstraint,
+    constraint: LinearConstraint | LossConstraint,
     shape: Sequence[int],
     seeds: Sequence[int] | None,
     steps: int = 100,
@@ -111,10 +111,13 @@ def mpgd(
         x0 <- x0 + c e,   DDIM step,   c = scale / |A|^2
 
     The paper tunes c for each task; here it is in units of the operator's norm |A| (power iteration; needs no evaluation of D), so
-    that scale = 1 is a full step for every A. One forward evaluation per step.
+    that scale = 1 is a full step for every A. Of a LossConstraint, e has no natural length: c = scale / |e|_inf, as in the paper's
+    loop. One forward evaluation per step.
     """
     check_positive(scale=scale)
     run = _start(D, shape, seeds, steps, eta, common)
+    if isinstance(constraint, LossConstraint):
+        return _corrected(run, constraint, eta, lambda x0, now, to: scale * unit(constraint(x0)[0]))
     c = scale / squared_norm(constraint.A, run.x_t)
     return _corrected(run, constraint, eta, lambda x0, now, to: c * constraint(x0)[0])
 

@@ -27,6 +27,7 @@ SHIPPED = {  # name: (config, weights)
     "tiny-flow": ("configs/tiny/flow.yaml", "checkpoints/tiny/flow.safetensors"),
     "tiny-autoencoder": ("configs/tiny/autoencoder.yaml", "checkpoints/tiny/autoencoder.safetensors"),
     "tiny-clip": ("configs/tiny/clip.yaml", "checkpoints/tiny/clip.safetensors"),
+    "tiny-parser": ("configs/tiny/parser.yaml", "checkpoints/tiny/parser.safetensors"),
     "tiny-judge": ("configs/tiny/judge.yaml", "checkpoints/tiny/judge.safetensors"),
 }
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")

@@ -45,6 +45,19 @@ def lpips_loss(x: Tensor, reference: Tensor) -> Tensor:
     return _lpips(x.device)(x, reference).flatten()
 
 
+def confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Counts of pixels [B, K, K] by the class in labels (rows) and the one that was found (columns), both [B, H, W]."""
+    pairs = (labels * classes + found).flatten(1)
+    return torch.stack([pair.bincount(minlength=classes**2) for pair in pairs]).view(-1, classes, classes)
+
+
+def mean_iou(confusion: Tensor) -> Tensor:
+    """Intersection over union, the mean over the classes that the labels have: [..., K, K] -> [...]."""
+    both, labels, found = confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)
+    there = labels > 0
+    return (both / (labels + found - both).clamp_min(1) * there).sum(-1) / there.sum(-1).clamp_min(1)
+
+
 def lpips_weights() -> Path | None:
     """The path of AlexNet's weights, data/lpips/alexnet.safetensors here or in the repository; None where they are missing."""
     candidates = [folder / "data/lpips/alexnet.safetensors" for folder in (Path(), ROOT)]

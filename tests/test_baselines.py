@@ -111,6 +111,18 @@ def test_gradient_steps_take_any_constraint(gaussian):
     assert loss(x).mean() < 0.2 * loss(sample(gaussian, None, SHAPE, range(8)).x_t).mean()
 
 
+def test_mpgd_takes_a_loss_in_steps_of_its_scale(gaussian):
+    """x0 is D(x_t) moved by `scale` in |.|_inf along -grad loss; the network runs forward only, and the loss falls."""
+    target = draw(gaussian, 8)
+    loss = lambda x0: (x0 - target).square().mean((1, 2, 3))  # noqa: E731
+    D, x_t = Counting(gaussian), seeded_noise(SHAPE, range(8))()
+    states = list(mpgd(D, LossConstraint(loss), SHAPE, range(8), steps=20, scale=0.2))
+    first, e = states[0].x0 - gaussian(x_t, gaussian.schedule.levels(20)[0].t), target - states[0].x0
+    assert torch.allclose(first.abs().amax((1, 2, 3)), torch.full((8,), 0.2), atol=1e-4) and (first * e).flatten(1).sum(1).min() > 0
+    assert (D.forward, D.backward) == (20, 0)
+    assert loss(states[-1].x_t).mean() < 0.5 * loss(sample(gaussian, None, SHAPE, range(8)).x_t).mean()
+
+
 @pytest.mark.parametrize("A", [Mask(half_mask()), box_average((8, 8), 2), downsample((8, 8), 4)], ids=["half", "box", "bicubic"])
 @pytest.mark.parametrize("function", [ddnm, diffpir, latino])
 def test_projections_meet_what_is_consistent(gaussian, function, A):

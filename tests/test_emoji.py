@@ -9,11 +9,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ldm.data import emoji
-from ldm.data.emoji import Emoji, held_out_pairs
+from ldm.data.emoji import Emoji, ParsedEmoji, held_out_pairs
 from ldm.data.iconify import bare, draw, read_icons
+from ldm.data.regions import CLASSES, families, regions
 from ldm.util import ROOT
 
 NAMES = ("HEDGEHOG", "GRINNING FACE", "TIGER", "CRICKET")  # the first is held out
@@ -93,6 +94,27 @@ def test_all_styles_are_built_and_the_same_again(root):
         assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
+def test_regions_are_the_drawing_s_colours(root):
+    """By the colours of shapes and alpha, whatever the size; edges, half blended, are no region; white is not the background."""
+    rgb = {"black": "#111 #444", "white": "#fff #999", "red": "#d00 #f66", "yellow": "#fc0 #f80 #fdb", "green": "#0a0 #bd8",
+           "blue": "#08f #124f80", "purple": "#90f #e0c", "brown": "#852 #964b00"}  # fmt: skip
+    for name, colours in rgb.items():
+        for colour in colours.split():
+            assert CLASSES[families(np.array(ImageColor.getrgb(colour), np.uint8))] == name, colour
+    svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><circle cx="16" cy="16" r="13" fill="#fc0"/>'
+           '<circle cx="16" cy="16" r="5" fill="#fff"/></svg>')  # fmt: skip
+    y, x = np.mgrid[:64, :64] + 0.5 - 32
+    exact = np.where(np.hypot(x, y) < 10, CLASSES.index("white"), np.where(np.hypot(x, y) < 26, CLASSES.index("yellow"), 0))
+    for size in (64, 128, 256):
+        found = regions(draw(svg, size))
+        assert found.dtype == np.uint8 and (found != exact).mean() < 0.02 and set(np.unique(found)) == set(np.unique(exact))
+    emoji.build(root)
+    parsed, plain = ParsedEmoji(root, train=False), Emoji(root, train=False)
+    image, labels = parsed[plain.styles.tolist().index(4)]  # twemoji's: the left half is yellow
+    assert len(parsed) == len(plain) and torch.equal(image, plain[plain.styles.tolist().index(4)][0])
+    assert labels.dtype == torch.int64 and torch.equal(labels, (torch.arange(64) < 32).expand(64, 64) * CLASSES.index("yellow"))
+
+
 def test_held_out_pairs_follow_their_rule():
     names = np.array([f"thing {i // 5}" for i in range(2000)])
     styles = np.array([i % 5 for i in range(2000)])
@@ -128,11 +150,18 @@ def test_bad_data_ends_in_one_sentence_with_nothing_half_written(root, fault, mo
     assert {p.name for p in folder.iterdir()} == before
 
 
-def test_data_of_an_earlier_version_and_wrong_parts_say_so(tmp_path):
+def test_data_of_an_earlier_version_and_wrong_parts_say_so(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     np.savez(tmp_path / "emoji/emoji.npz", names=np.array(["a"]))
     with pytest.raises(ValueError, match="earlier version.*make data-emoji"):
         Emoji(tmp_path)
+    everything = dict.fromkeys(("names", "captions", "categories"), np.array(["a"])) | {"styles": np.array([0])}
+    sheet = np.frombuffer(image("white", "png"), np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(emoji, "COLUMNS", 1)
+        np.savez(tmp_path / "emoji/emoji.npz", sheet=sheet, **everything)
+        with pytest.raises(ValueError, match="earlier version, without regions.*make data-emoji"):
+            ParsedEmoji(tmp_path)
     with pytest.raises(ValueError, match="held_out = 'both': give 'names' or 'pairs'"):
         Emoji(tmp_path, held_out="both")
     with pytest.raises(FileNotFoundError, match="make data-emoji"):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ldm.data.captioned import Captioned
 from ldm.data.iconify import bare, draw, members, read_icons
 from ldm.data.packages import fetch
+from ldm.data.regions import regions
 from ldm.images import from_uint8, grid, load_image, save_image
 from ldm.util import ROOT, atomic_write
 
@@ -98,6 +99,7 @@ class Emoji(Captioned):
         pair = held_out_pairs(names, style) & ~unknown
         wanted = np.isin(style, [list(STYLES).index(name) for name in styles or STYLES])
         chosen = np.flatnonzero((~(unknown | pair) if train else unknown if held_out == "names" else pair) & wanted)
+        self.path, self.chosen = path, chosen  # places of the images in the file
         self.images = torch.from_numpy(images[chosen])  # [N, 3, 64, 64] uint8
         self.names, self.captions, self.categories = (x[chosen].tolist() for x in (names, captions, categories))
         self.styles = torch.from_numpy(style[chosen])
@@ -115,6 +117,21 @@ class LabelledEmoji(Emoji):
 
     def item(self, i):
         return from_uint8(self.images[i]), self.names[i], self.categories[i]
+
+
+class ParsedEmoji(Emoji):
+    """(image, labels [64, 64], numbers of ldm.data.regions.CLASSES): what the parsers learn from."""
+
+    def __init__(self, root="data", *args, **kwargs):
+        super().__init__(root, *args, **kwargs)
+        with np.load(self.path, allow_pickle=False) as file:
+            if "regions" not in file:
+                raise ValueError(f"{self.path} is of an earlier version, without regions: `python -m ldm.data.emoji --root {root}` "
+                                 "(make data-emoji) makes it anew")  # fmt: skip
+            self.regions = torch.from_numpy(file["regions"][self.chosen])  # [N, 64, 64] uint8
+
+    def item(self, i):
+        return from_uint8(self.images[i]), self.regions[i].long()
 
 
 def sample_emoji():
@@ -168,14 +185,14 @@ def entries(emoji):
 
 
 def on_white(image):
-    """An image file's bytes, or a PIL image -> [64, 64, 3] uint8, composited on white, reduced by Lanczos."""
-    image = (image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))).convert("RGBA")
+    """A PIL image -> [64, 64, 3] uint8, composited on white, reduced by Lanczos."""
+    image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS) if image.size != (SIZE, SIZE) else image)
 
 
 def build(root="data"):
-    """Make emoji/emoji.npz under `root`: all images on one lossless sheet, with names, captions, styles and categories."""
+    """Make emoji/emoji.npz under `root`: all images on one lossless sheet, with names, captions, styles, categories and regions."""
     folder = Path(root) / "emoji"
     noto, fluent, *drawn = (fetch(["npm", "pack", package], *file, folder) for package, *file in STYLES.values())
     emoji = json.loads(members(noto, "package")["emoji.json"])
@@ -185,15 +202,17 @@ def build(root="data"):
     for _, characters in drawn:
         for code, name in characters.items():
             known.setdefault(code, {})[name] = None
-    labels, images = [], []
+    labels, images, parts = [], [], []
     for name, caption, category, file in tqdm(list(entries(emoji)), "preparing"):
         found = [noto.get(file), fluent.get(file.replace(".png", ".webp"))]
+        found = [data and Image.open(io.BytesIO(data)) for data in found]
         for icons, _ in drawn:
             svg = next((icons[own] for own in known.get(bare(file[: -len(".png")]), ()) if own in icons), None)
             found.append(svg and draw(svg, 2 * SIZE))
         for style, image in enumerate(found):
             if image is not None and (list(STYLES)[style], name) not in MISNAMED:
                 images.append(on_white(image))
+                parts.append(regions(image))
                 labels.append((name, caption, style, category))
     names, captions, styles, categories = map(np.array, zip(*labels, strict=True))
     rows = -(-len(images) // COLUMNS)
@@ -204,7 +223,7 @@ def build(root="data"):
     Image.fromarray(sheet).save(data, "webp", lossless=True, quality=60, method=4)
     with atomic_write(folder / "emoji.npz") as temporary:
         np.savez_compressed(temporary, sheet=np.frombuffer(data.getvalue(), np.uint8), names=names, captions=captions,
-                            styles=styles.astype(np.uint8), categories=categories)  # fmt: skip
+                            styles=styles.astype(np.uint8), categories=categories, regions=np.stack(parts))  # fmt: skip
     return folder / "emoji.npz"
 
 
