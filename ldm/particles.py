@@ -11,7 +11,8 @@ Proposals are ancestral steps from x0 + d, d = V A^T C^-1 r, and log weights gro
 
 Where C is exact, and for many particles and small steps, the samples are the posterior's, whatever its shape. With K vectors of
 m > K measured values it is not: log weights would be off by a sum of m squares, whose deviation grows as sqrt(m), and all particles
-of an image would soon descend from one. They count by sqrt(K / m) then, which keeps that deviation as that of K values.
+of an image would soon descend from one. They count by sqrt(K / m) then, which keeps that deviation as that of K values; of more
+than 4 K values by less, and of 16 K and more not at all: they would be error only. Samples of an image are then independent.
 """
 
 from collections.abc import Callable
@@ -94,14 +95,17 @@ def twist(A, r: Tensor, V: Callable[[Tensor], Tensor], vectors: int, sigma_y: fl
 
 
 def trusted(vectors: int, r: Tensor) -> Tensor:
-    """The part by which log weights count, [B]: sqrt(K / m) of K vectors and the m > K values of r [B, ...] that are not 0."""
-    return (vectors / (r != 0).flatten(1).sum(1).clamp_min(1)).clamp_max(1).sqrt()
+    """The part by which log weights count, [B], for K vectors and the m values of r [B, ...] that are not 0: 1 up to m = K,
+    sqrt(K / m) up to 4 K, and from there down to 0 at 16 K."""
+    q = (vectors / (r != 0).flatten(1).sum(1).clamp_min(1)).clamp_max(1)
+    return q.sqrt() * ((16 * q - 1) / 3).clamp(0, 1)
 
 
 def resampled(log_w: Tensor, noise: Tensor, last: bool) -> tuple[Tensor, Tensor]:
     """Log weights [N, P] of N problems, and normal noise [N P, ...] -> (chosen [N P], log weights [N P]) after resampling.
 
-    Systematic, in the problems whose effective number of particles has fallen below P / 2; last: always, each particle by itself.
+    Systematic, in the problems whose effective number of particles has fallen below P / 2; last: in all whose weights are not
+    even, each particle by itself.
     """
     N, P = log_w.shape
     w = (log_w - log_w.amax(1, keepdim=True)).exp()
@@ -110,6 +114,7 @@ def resampled(log_w: Tensor, noise: Tensor, last: bool) -> tuple[Tensor, Tensor]
     at = u if last else (u[:, :1] + torch.arange(P, device=u.device)) / P
     found = torch.searchsorted(w.cumsum(1), at).clamp_max(P - 1)
     own = torch.arange(P, device=w.device).expand(N, P)
-    low = (w.square().sum(1, keepdim=True) > 2 / P) | last
+    uneven = log_w.amax(1, keepdim=True) > log_w.amin(1, keepdim=True)
+    low = uneven if last else w.square().sum(1, keepdim=True) > 2 / P
     chosen = torch.where(low, found, own) + P * torch.arange(N, device=w.device)[:, None]
     return chosen.flatten(), torch.where(low, 0.0, log_w).flatten()

@@ -9,7 +9,7 @@ from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.mixture import Mixture, sliced_wasserstein
 from ldm.newton_sampler import sample
 from ldm.operators import Mask, Separable, box_average, measure
-from ldm.particles import resampled, twist
+from ldm.particles import resampled, trusted, twist
 from ldm.sampling import seeded_noise
 
 SHAPE = (8, 1, 8, 8)
@@ -184,12 +184,23 @@ def test_a_soft_mask_of_one_weight_is_a_noise_level(gaussian):
     assert (soft - hard).abs().max() < 1e-4
 
 
-def test_images_keep_different_ancestors(gaussian, monkeypatch):
-    """32 measured values and one vector: at full weight the 16 particles of a problem end as nearly one image. The posterior's own
-    deviation is that of the form without particles, to a half."""
+def test_images_keep_different_ancestors(gaussian):
+    """32 measured values and one vector: samples do not depend on how many share a problem, and spread as those of the form without
+    particles, to a tenth. With three vectors they are weighed."""
     images = draw(gaussian, 2).repeat_interleave(16, 0)
     unknown = half_mask() == 0
     spread = lambda x: x.view(2, 16, 1, 8, 8).std(1)[:, unknown[0]].mean()  # noqa: E731
     settings = dict(shape=(32, 1, 8, 8), evaluations=44)
-    alone = spread(run(gaussian, known(images, half_mask()), **settings).x_t)
-    assert spread(run(gaussian, known(images, half_mask()), **settings, particles=16).x_t) > 0.5 * alone
+    alone, four, sixteen = (run(gaussian, known(images, half_mask()), **settings, particles=p).x_t for p in (1, 4, 16))
+    assert torch.equal(four, sixteen) and spread(sixteen) > 0.9 * spread(alone)
+    a, b = (run(gaussian, known(images, half_mask()), **settings, particles=p, vectors=3).x_t for p in (4, 16))
+    assert not torch.equal(a, b)
+
+
+def test_how_much_weights_count():
+    """Exact, sqrt(K / m) up to 4 K values, and nothing from 16 K on; a mask's zeros are not measured."""
+    r = torch.ones(6, 1, 8, 8)
+    for i, m in enumerate((0, 3, 6, 12, 30, 48)):
+        r[i].view(-1)[m:] = 0
+    expected = torch.tensor([1, 1, 0.5**0.5, 0.5, 0.1**0.5 * 0.2, 0])
+    assert (trusted(3, r) - expected).abs().max() < 1e-6
