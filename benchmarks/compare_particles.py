@@ -3,9 +3,11 @@
     python benchmarks/compare_particles.py [--model mnist] [--tasks half hole sr4 blur] [--budgets 44 220] [--methods fast ...]
                                            [--images 32] [--report]
 
-Images, tasks and measures of compare.py. particles-P draws P samples of each measurement y, and `fast` --samples. Samples of one y
-share their weights, so a y counts once: its samples are averaged, and the 95 % bootstrap intervals are over images. Where the
-samples of `fast` are there, "minus fast" is the paired difference.
+Images, tasks and measures of compare.py. particles-P draws P samples of each measurement y, and `fast` --samples. Here y has at
+least 64 values and the samples have one vector: they are not weighed (ldm/particles.py), and P only says how many there are.
+weighted-P: as if they were, the log weights by sqrt(K / m). Samples of one y then depend on one another. So a y counts once: its
+samples are averaged, and the 95 % bootstrap intervals are over images. Where the samples of `fast` are there, "minus fast" is the
+paired difference.
 
 spread  root of the mean variance of a pixel among the samples of one y, without bias. An exact sampler's is the posterior's
 CRPS    of a pixel, mean over the image: mean |x_i - truth| - mean |x_i - x_j| / 2 (i != j), in units of [-1, 1]. Lowest for the
@@ -19,6 +21,7 @@ import argparse
 import copy
 import csv
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from compare_tasks import MODELS, TASKS
@@ -29,16 +32,21 @@ from ldm.fast_sampler import fast_sampler
 from ldm.metrics import bootstrap, interval
 from ldm.util import resolve_device
 
-PARTICLES = {
-    f"particles-{p}": Method(
-        f"particles-{p}",
-        fast_sampler,
-        lambda n, task, p=p: dict(particles=p, evaluations=n, **task.noise),
-        label=f"fast, {p} particles",
-    )
-    for p in (4, 16, 64)
-}
-ALL = {"fast": METHODS["fast"]} | PARTICLES
+
+def weighted(*args, **settings):
+    """`fast_sampler` whose particles are weighed however many values y has."""
+    by_root = lambda vectors, r: (vectors / (r != 0).flatten(1).sum(1).clamp_min(1)).clamp_max(1).sqrt()  # noqa: E731
+    with patch("ldm.particles.trusted", by_root):
+        yield from fast_sampler(*args, **settings)
+
+
+def method(name, sampler, p, label):
+    return Method(name, sampler, lambda n, task: dict(particles=p, evaluations=n, **task.noise), label=f"fast, {p} {label}")
+
+
+ALL = {"fast": METHODS["fast"]}
+ALL |= {f"particles-{p}": method(f"particles-{p}", fast_sampler, p, "particles") for p in (4, 16, 64)}
+ALL |= {f"weighted-{p}": method(f"weighted-{p}", weighted, p, "weighted particles") for p in (4, 16, 64)}
 MEASURES = {"residual": "measurement RMSE", "psnr": "PSNR, dB", "lpips": "LPIPS", "accuracy": "label accuracy", "spread": "spread",
             "crps": "CRPS"}  # fmt: skip
 ENDS = ("", "_low", "_high", "_minus", "_minus_low", "_minus_high")  # the last three: minus fast
@@ -130,7 +138,7 @@ def main(argv=None):
     parser.add_argument("--model", default="mnist", choices=list(MODELS))
     parser.add_argument("--tasks", nargs="+", default=["half", "hole", "sr4", "blur"], choices=TASKS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[44, 220], help="evaluations of D per sample")
-    parser.add_argument("--methods", nargs="+", default=["fast", "particles-4", "particles-16"], choices=list(ALL))
+    parser.add_argument("--methods", nargs="+", default=["fast", "particles-4", "weighted-4"], choices=list(ALL))
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--samples", type=int, default=4, help="of each image, of fast")
     parser.add_argument("--report", action="store_true", help="sample nothing")

@@ -265,20 +265,6 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     assert "--methods azula-MMPS: azula not installed (pip install azula)" in capsys.readouterr().err
 
 
-@pytest.fixture
-def digits_folder(tmp_path):
-    """MNIST's files, filled with the repository's digits again and again; those for training are empty."""
-    images, labels = sample_digits()
-    images = ((images[:, 0, 2:30, 2:30] + 1) * 127.5).round().byte().repeat(11, 1, 1)
-    raw = tmp_path / "MNIST/raw"
-    raw.mkdir(parents=True)
-    for part, data in (("images-idx3", images), ("labels-idx1", labels.byte().repeat(11))):
-        head = bytes([0, 0, 8, data.ndim]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
-        (raw / f"t10k-{part}-ubyte").write_bytes(head + data.numpy().tobytes())
-        (raw / f"train-{part}-ubyte").touch()
-    return tmp_path
-
-
 def test_the_quick_mode_writes_its_table_and_goes_on(digits_folder, monkeypatch):
     monkeypatch.chdir(digits_folder)
     out = digits_folder / "outputs/compare-quick"
