@@ -33,7 +33,7 @@ SHORTER = {
     "jacobian_analysis": dict(times=[700, 300], krylov=8, factors=[0.5, 3.0]),
     "jacobian_exact_vs_gd": dict(times=[300], seeds=[0, 1]),
     "rectified_flow": dict(steps=10),
-    "style": dict(prompts=["red apple", "rocket"]),
+    "style": dict(prompts=["red apple", "rocket"], strength=0.1),
     "superres": dict(seeds=[0, 1]),
     "superres_vae_newton": dict(seeds=[0, 1], compare=False),
 }
