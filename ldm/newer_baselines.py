@@ -253,17 +253,23 @@ def flair(
         mu <- mu + (lambda_t / sigma_t) (D(x_t, t) - mu),   mu <- argmin_x |y - A x|^2 from mu
 
     The first step of mu is theirs along the gradient of lambda_t |v(x_t, t) - (eps - mu)|^2, in terms of D. One forward evaluation
-    per step. weights: lambda at equally spaced t from 1 to 0 (`flair_weights`), of which the nearest counts. The argmin, up to 15
+    per step. weights: lambda at equally spaced t from 1 to 0 (`flair_weights`), of which the nearest counts, and mu at most becomes
+    D(x_t, t): more than twice that step would diverge, as a constant lambda does at their last t. The argmin, up to 15
     gradient steps there, is found by conjugate gradients, through a decoder on latents (linearised). Defaults as in the authors'
-    code: 50 equally spaced t between 1 and `last`. x_t of a State is mu, and no run goes on from one.
+    code: 50 equally spaced t between 1 and `last`. x_t of a State is mu, and no run goes on from one, or begins in the middle.
     """
     check_positive(steps=steps, last=last)
+    if common.get("start") is not None:
+        raise ValueError("start is given: FLAIR begins at pure noise only, leave it out")
     check_encode(constraint, encode)
     schedule = _flow(D)
     times = [1 + (last - 1) * (i + 1) / (steps + 1) for i in range(steps)]
     run, _ = _begin(D, shape, seeds, lambda: [*(schedule.level(schedule.scale * t) for t in times), CLEAN], common)
-    lift = _pixels(constraint).A.pseudo_inverse(_pixels(constraint).A.measured(_pixels(constraint).y)).to(run.x_t)
-    return _flair(run, constraint, lift if encode is None else encode(lift), weights, sigma_y)
+    pixels = _pixels(constraint)
+    with torch.inference_mode():
+        lift = pixels.A.pseudo_inverse(pixels.A.measured(pixels.y)).to(run.x_t)
+        mu = lift if encode is None else encode(lift)
+    return _flair(run, constraint, mu, weights, sigma_y)
 
 
 @torch.inference_mode()
@@ -274,7 +280,7 @@ def _flair(run, constraint, mu, weights, sigma_y):
         x_t = now.alpha * mu + now.sigma * (a * x1 + (1 - a**2) ** 0.5 * noise())
         x0 = D(x_t, now.t)
         x1 = (x_t - now.alpha * x0) / now.sigma
-        mu = mu + weights[round(a * (len(weights) - 1))] / now.sigma * (x0 - mu)
+        mu = mu + min(weights[round(a * (len(weights) - 1))] / now.sigma, 1.0) * (x0 - mu)
         mu = consistent(constraint, mu, sigma_y)
         yield State(i + 1, now.t, mu, mu, constraint.residual(mu), D.calls)
 

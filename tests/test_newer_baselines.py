@@ -176,16 +176,16 @@ def test_flowdps_moves_x0_by_unit_gradients_and_keeps_the_noise_at_unit_variance
 
 def test_flair_s_step_is_the_one_in_velocities(flow):
     """mu + lambda (u - v), u = eps - mu the posterior's velocity, v the model's; then y exactly; x1 is the noise that D sees."""
-    constraint, weights, steps = problem(flow, Mask(half_mask())), [0.1, 0.3, 0.2], 6
+    constraint, weights, steps = problem(flow, Mask(half_mask())), [0.1, 0.3, 0.9], 6  # the last: all the way to D
     noise = seeded_noise(SHAPE, range(4), **DOUBLE)
     x1, mu, mask = noise(), constraint.y, half_mask().double()
-    for i, state in enumerate(flair(flow, constraint, SHAPE, range(4), steps=steps, weights=weights, last=0.3, **DOUBLE)):
-        t = 1 - 0.7 * (i + 1) / 7
+    for i, state in enumerate(flair(flow, constraint, SHAPE, range(4), steps=steps, weights=weights, last=0.1, **DOUBLE)):
+        t = 1 - 0.9 * (i + 1) / 7
         assert flow.schedule.level(state.t).sigma == pytest.approx(t)
         eps = (1 - t) * x1 + (1 - (1 - t) ** 2) ** 0.5 * noise()
         x_t = (1 - t) * mu + t * eps
         v = (x_t - flow(x_t, state.t)) / t
-        mu = mu + weights[round((1 - t) * 2)] * (eps - mu - v)
+        mu = mu + min(weights[round((1 - t) * 2)], t) * (eps - mu - v)
         x1 = x_t + (1 - t) * v
         mu = mask * constraint.y + (1 - mask) * mu
         assert (state.x_t - mu).abs().max() < 1e-9 and state.residual.max() < 1e-9
@@ -251,6 +251,7 @@ def test_bias_on_a_gaussian(gaussian, name):
     (resample, dict(encode=lambda x: x), "give a function with a DecodedConstraint"), (sitcom, dict(lr=-1), "lr = -1"),
     (sitcom, dict(steps=0), "steps = 0"), (pnp_flow, dict(samples=0), "samples = 0"), (flowdps, dict(length=0), "length = 0"),
     (flair, dict(last=0), "last = 0"), (flair, dict(steps=0), "steps = 0"),
+    (flair, dict(start=(torch.zeros(SHAPE), CLEAN)), "start is given: FLAIR begins at pure noise only"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named_at_once(gaussian, flow, function, wrong, words):
     prior = flow if function in (pnp_flow, flowdps, flair) else gaussian
