@@ -6,7 +6,7 @@
 #   make train-mnist  train the MNIST model and the digit classifier anew, into runs/
 #   make data-emoji   fetch and prepare the captioned images for configs/tiny, into data/
 #   make data-lpips   fetch AlexNet's weights (64 MB), which LPIPS needs, into data/
-#   make train-tiny   train the seven tiny models one after the other, into runs/ and checkpoints/tiny/
+#   make train-tiny   train the six tiny models one after the other, into runs/ and checkpoints/tiny/
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
@@ -53,7 +53,7 @@ data-lpips: $(READY)
 
 train-tiny: data-emoji data-lpips
 	@mkdir -p checkpoints/tiny
-	@for model in autoencoder clip judge parser parser_judge unet flow; do \
+	@for model in autoencoder clip judge parser unet flow; do \
 		$(BIN)/python -m ldm.train --config configs/tiny/$$model.yaml && \
 		cp runs/tiny_$$model/weights.safetensors checkpoints/tiny/$$model.safetensors || exit 1; \
 	done

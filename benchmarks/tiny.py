@@ -1,12 +1,12 @@
 """Quality of the tiny models, as their card reports it:
 
-    python benchmarks/tiny.py [--parts autoencoder clip judge generation] [--models tiny tiny-flow] [--captions 256] [--steps 50]
-                              [--guidance 3] [--autoencoder FILE] [--out checkpoints/tiny]
+    python benchmarks/tiny.py [--parts autoencoder clip judge parsers generation] [--models tiny tiny-flow] [--captions 256]
+                              [--steps 50] [--guidance 3] [--autoencoder FILE] [--out checkpoints/tiny]
 
-Measures the autoencoder's reconstruction, CLIP's retrieval and the judge's accuracy on the held-out images, and the generated
-images in two ways: by that CLIP, whose text tower guided them (rank of the right caption among those of all training names, and
-kernel distance, KID, in its image features), and by the judge, which had no part in them (right name among its first five, KID in
-its features). Needs the captioned images (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes
+Measures the autoencoder's reconstruction, CLIP's retrieval, the judge's and the parsers' accuracy on the held-out images, and the
+generated images in two ways: by that CLIP, whose text tower guided them (rank of the right caption among those of all training
+names, and kernel distance, KID, in its image features), and by the judge, which had no part in them (right name among its first
+five, KID in its features). Needs the captioned images (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes
 quality.json, where parts that are not measured keep their figures, the sheets of samples and, from the logs in --out/training, the
 figure training.png.
 """
@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 from ldm.checkpoints import load_model
-from ldm.data.emoji import SHIPPED_STYLES, Emoji, sample_emoji
+from ldm.data.emoji import SHIPPED_STYLES, Emoji, ParsedEmoji, sample_emoji
+from ldm.data.regions import CLASSES, by_rules
 from ldm.denoisers import LatentDenoiser
 from ldm.images import from_uint8
-from ldm.metrics import kernel_distance, lpips_distance, lpips_weights, psnr, ssim
+from ldm.metrics import confusion, kernel_distance, lpips_distance, lpips_weights, mean_iou, psnr, ssim
 from ldm.modules.encoders.modules import bpe_tokenizer
 from ldm.newton_sampler import sample
 from ldm.util import ROOT, resolve_device
@@ -205,6 +206,23 @@ def measure_judge(args, device):
     return figures
 
 
+def measure_parsers(args, device):
+    """Of all pixels of a held-out set: the classes' mean intersection over union, each class's, and the share that is right."""
+    figures = {}
+    for name, parse in {"tiny-parser": load_model("tiny-parser", device=device).labels, "by_rules": by_rules}.items():
+        figures[name] = {}
+        for key in ("names", "pairs"):
+            data = ParsedEmoji(args.data, train=False, held_out=key)
+            found = in_batches(parse, from_uint8(data.images), device, batch=32)
+            counts = confusion(found, data.regions.long(), len(CLASSES)).sum(0)
+            both = counts.diagonal()
+            each = (both / (counts.sum(0) + counts.sum(1) - both)).tolist()
+            figures[name][key] = {"images": len(found), "miou": round(mean_iou(counts).item(), 4),
+                                  "pixels": round((both.sum() / counts.sum()).item(), 4),
+                                  "iou": {c: round(v, 3) for c, v in zip(CLASSES, each, strict=True)}}  # fmt: skip
+    return figures
+
+
 def measure_generation(args, device):
     """One image of each of the first captions in a random order of the training names, so without skin tones."""
     train, held_out = (Emoji(args.data, train=part, styles=SHIPPED_STYLES) for part in (True, False))
@@ -247,7 +265,13 @@ def measure_generation(args, device):
     return found
 
 
-PARTS = {"autoencoder": measure_autoencoder, "clip": measure_clip, "judge": measure_judge, "generation": measure_generation}
+PARTS = {
+    "autoencoder": measure_autoencoder,
+    "clip": measure_clip,
+    "judge": measure_judge,
+    "parsers": measure_parsers,
+    "generation": measure_generation,
+}
 
 
 def main():

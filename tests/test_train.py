@@ -239,7 +239,7 @@ def test_a_config_may_stand_on_another():
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "clip", "judge", "unet", "flow", "parser", "parser_judge"])
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "judge", "unet", "flow", "parser"])
 def test_the_tiny_configs_train(name, monkeypatch):
     """One optimiser step lowers the loss of a fixed batch, the same random numbers before and after."""
     config = OmegaConf.to_container(load_config(ROOT / f"configs/tiny/{name}.yaml"))
@@ -255,7 +255,7 @@ def test_the_tiny_configs_train(name, monkeypatch):
         assert sum(p.numel() for p in task.model.model.parameters()) < 6e6
         task.empty = task.model.encode_prompts("")
         batch = torch.randn(4, 4, 16, 16), task.model.encode_prompts(captions)
-    elif name.startswith("parser"):
+    elif name == "parser":
         batch = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randint(9, (4, 64, 64))
     else:
         batch = torch.rand(4, 3, 64, 64) * 2 - 1, captions, ["Food & Drink", "Activities", "Smileys & Emotion", "Animals & Nature"]

@@ -1,7 +1,11 @@
 """Regions of drawings by colour: the labels that the parser of emoji learns from, read off each drawing's own alpha and colours."""
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
+
+from ldm.images import to_uint8
 
 CLASSES = ("background", "black", "white", "red", "yellow", "green", "blue", "purple", "brown")
 COLOURS = ((226, 226, 226), (40, 40, 45), (255, 255, 255), (225, 50, 60), (255, 205, 60), (90, 180, 75), (70, 150, 230),
@@ -39,7 +43,26 @@ def regions(image, size=64):
     if image.width > 2 * size:
         image = image.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
     pixels = np.asarray(image)
-    labels = np.where(pixels[..., 3] < 128, 0, families(pixels[..., :3]))
+    return most(np.where(pixels[..., 3] < 128, 0, families(pixels[..., :3])), size)
+
+
+def by_rules(images):
+    """Labels [B, H, W] of images [B, 3, H, W] in [-1, 1] without a network: a parser that judges those that learned.
+
+    The same rules, but that background is what is white (all channels from 0.9 on) and connected with the border."""
+    pixels = to_uint8(images).movedim(1, 3).numpy()
+    white = (images.amin(1, keepdim=True) >= 0.8).float().cpu()
+    border = F.pad(torch.zeros_like(white)[..., 1:-1, 1:-1], (1, 1, 1, 1), value=1.0)
+    outside, more = white * border, 1
+    while more:  # it spreads over white, from each pixel to its eight neighbours
+        before, outside = outside, white * F.max_pool2d(outside, 3, 1, 1)
+        more = (outside != before).any()
+    labels = np.where(outside[:, 0].numpy() > 0, 0, families(pixels))
+    return torch.from_numpy(np.stack([most(each, len(each)) for each in labels])).long().to(images.device)
+
+
+def most(labels, size):
+    """Of square labels, the one that most of 3 x 3 pixels have, [size, size] uint8."""
     votes = [
         Image.fromarray((labels == k).astype(np.float32)).resize((size, size), Image.Resampling.BOX) for k in range(len(CLASSES))
     ]
