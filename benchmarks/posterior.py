@@ -19,7 +19,7 @@ nonlinear The mixture with d = 8, d_y = 2 and y = |A x_0| + noise, or y = clip(A
           above. The truth are 200,000 draws of the prior, weighted by their likelihood.
 
 Budgets count forward and backward evaluations of D. 1,000 is the largest: the schedule has 1,000 levels, most methods take one step
-for each, and `fast` at most 200 (`nfe` is what was spent). Large budgets have fewer problems where they are spent, see PROBLEMS.
+for each, and `fast` at most 200 (`nfe` is what was spent). Large budgets have fewer problems, see PROBLEMS.
 
 Appends one row per setting to --out/posterior.csv and skips rows that are there: an interrupted run goes on. --seconds: begin no
 row after so much time. Then writes posterior.md and posterior.png. --quick: a few rows, into outputs/posterior-quick.
@@ -72,7 +72,8 @@ PLAN = {
     80: {44: MAIN, 220: [*MAIN[:3], "DPS", "DDNM"], 1000: [*MAIN[:3], "DPS", "DDNM"]},
     800: {44: MAIN},
 }
-PROBLEMS = {8: (20, 8), 80: (20, 4), 800: (6, 2)}  # d: how many up to 220 evaluations, and above by methods that spend them
+# d: how many up to 220 evaluations; above, for `fast` with and without particles, and for the others
+PROBLEMS = {8: (20, 20, 8), 80: (20, 6, 6), 800: (6, 2, 2)}
 SAMPLES = {8: 1024, 80: 1024, 800: 256}
 PARTS = ["mixture", "gaussian", "w2", "nonlinear"]
 COLUMNS = "part d d_y method budget problems failed samples nfe_forward nfe_backward distance error exact cover50 cover80".split()
@@ -343,8 +344,8 @@ def jobs(args):
         for d in args.dims if "mixture" in args.parts else []:
             planned = MAIN if args.budgets else PLAN[d].get(budget, [])
             for d_y, name in [(d_y, name) for d_y in (1, 2, 4) for name in args.methods or planned]:
-                n, samples = PROBLEMS[d][budget > 220 and name not in ("fast", *PARTICLES)], SAMPLES[d]
-                n, samples = (2, 256) if args.quick else (n, samples)
+                n = PROBLEMS[d][0 if budget <= 220 else 1 if name in ("fast", *PARTICLES) else 2]
+                n, samples = (2, 256) if args.quick else (n, SAMPLES[d])
                 key = dict(part="mixture", d=d, d_y=d_y, method=name, budget=budget)
                 yield key, lambda d=d, d_y=d_y, m=ALL[name], b=budget, n=n, s=samples: mixture_row(d, d_y, m, b, n, s)
         methods = [name for name in args.methods or MAIN if name in MAIN and name != "particles-256"]
