@@ -36,7 +36,8 @@ class MaskPainter(anywidget.AnyWidget):
     _esm = Path(__file__).parent / "painting.js"
     size: Any = traitlets.List().tag(sync=True)  # [H, W]
     picture = traitlets.Bytes().tag(sync=True)  # the image as PNG
-    painted = traitlets.Bytes().tag(sync=True)  # H W bytes, 1 where painted
+    # H W bytes, 1 where painted; they come from the browser as a memoryview
+    painted = traitlets.Bytes().tag(sync=True, from_json=lambda value, _: bytes(value))
     brush = traitlets.Float().tag(sync=True)
     width = traitlets.Int().tag(sync=True)
 

@@ -52,7 +52,7 @@ def test_the_mask_is_a_tensor_in_the_next_cell():
     assert painter.mask.shape == (1, 1, 12, 20) and painter.mask.all() and painter.brush == 20 / 16
     with pytest.raises(ValueError, match="no hole"):
         check_mask(painter.mask)
-    painter.painted = bytes([1] * 5 + [0] * 235)  # as the browser sends it
+    painter.set_state({"painted": memoryview(bytes([1] * 5 + [0] * 235))})  # as the kernel gets it from the browser
     assert painter.mask[0, 0, 0].tolist() == [0] * 5 + [1] * 15 and painter.mask[0, 0, 1:].all()
     wanted = torch.ones(1, 1, 12, 20)
     wanted[..., 3:5, 7:9] = 0
