@@ -9,12 +9,12 @@ The second: the expected peak of Stable Diffusion v1 at 2048x2048 (`ldm.memory`)
 """
 
 import argparse
-import time
 from functools import partial
 
 import torch
 from large import seam
 from notebook_costs import FULL, filled, without_data
+from sampling import now
 from tiny import SHEET, Clip, Judge
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ HEAD = "| | CLIP, first 10 | judge, first 5 | windows with it | step at borders 
 FORMATS = ("{:.0%}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.3f}", "{:.1f}", "{:.0f}", "{:.0f}")
 
 
-def rows_of(model, prompt: str, seed: int) -> dict:
+def rows_of(model, prompt: str, seed: int, device) -> dict:
     """{"small": image [1, 3, 64, 64], and of each row (image [1, 3, 256, 256], NFE, seconds)}."""
     small = model.decode(last(LatentDenoiser(model, prompt, 3.0), None, (1, 4, 16, 16), [seed], steps=24).x_t).clamp(-1, 1)
     big = Enlargement(model, small, 4)
@@ -49,9 +49,9 @@ def rows_of(model, prompt: str, seed: int) -> dict:
     }
     found = {"up-sampled": (big.upsampled, 0, 0.0)}
     for name, run in runs.items():
-        start = time.perf_counter()
+        start = now(device)
         state = run()
-        found[name] = (model.decode(state.x_t).clamp(-1, 1), state.nfe, time.perf_counter() - start)
+        found[name] = (model.decode(state.x_t).clamp(-1, 1), state.nfe, now(device) - start)
     image, *cost = found[name]
     return {"small": small, **found, "the same, then exact": (big.exact(image), *cost)}
 
@@ -109,7 +109,7 @@ def sampled(args):
     OUT.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(args.first, min(args.first + args.prompts, len(sheet))), "prompts"):
         if not (OUT / f"{i}.pt").exists():
-            torch.save(rows_of(model, sheet[i], i), OUT / f"{i}.pt")
+            torch.save(rows_of(model, sheet[i], i, args.device), OUT / f"{i}.pt")
     there = [i for i in range(len(sheet)) if (OUT / f"{i}.pt").exists()]
     lines = measured([torch.load(OUT / f"{i}.pt") for i in there], [sheet[i] for i in there], args.device)
     path = ROOT / "benchmarks/results/multiscale.md"
