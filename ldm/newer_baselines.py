@@ -25,6 +25,8 @@ from ldm.linalg import norm
 from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, drawn, seeded_noise
 from ldm.schedules import CLEAN, FlowSchedule, Level, Schedule
 
+THROUGH_DECODER = 3  # vectors of conjugate gradients there: each is a forward and a backward pass of the decoder
+
 
 def daps(
     D: DenoiserLike,
@@ -311,9 +313,9 @@ def consistent(
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """x0 moved to y: x0 + A^T (A A^T + sigma_y^2)^-1 (y - A x0), by conjugate gradients. Through a decoder with its derivative at
-    x0; with encode on the decoded image, which is encoded again."""
+    x0 and few vectors; with encode on the decoded image, which is encoded again."""
     if encode is None or not isinstance(constraint, DecodedConstraint):
-        return x0 + correction(constraint, x0, lambda v: v, INNER, sigma_y)
+        return x0 + correction(constraint, x0, lambda v: v, INNER if constraint.linear else THROUGH_DECODER, sigma_y)
     pixels, u = constraint.pixels, constraint.decode(x0)
     return encode(u + solve_without_J(pixels.A, pixels.difference(u), 1.0, sigma_y**2))
 
