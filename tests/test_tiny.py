@@ -38,6 +38,8 @@ def test_the_card_has_every_file_s_checksum_and_figures():
         assert f"{quality['autoencoder'][part]['psnr']:.1f} dB" in card
     for name in ("tiny", "tiny-flow"):
         assert f"{100 * quality['generation'][name]['top_5_percent']:.1f} %" in card
+    for figures in quality["parsers"].values():
+        assert all(f"{100 * part[name]:.1f} %" in card for part in figures.values() for name in ("miou", "pixels"))
     for figures in quality["judge"].values():
         assert all(f"{100 * value:.1f} %" in card for name, value in figures.items() if name != "images")
 
