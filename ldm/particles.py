@@ -65,7 +65,8 @@ def twist(A, r: Tensor, V: Callable[[Tensor], Tensor], vectors: int, sigma_y: fl
     """d [B, ...] = V A^T C^-1 r, and log p(y | x_t) of (1) up to a constant, [B].
 
     C is taken on a basis of y's space: the whole of it if it has no more than `vectors` dimensions, else the Krylov space of r. J
-    of a trained D is not symmetric: the symmetric part of A V A^T counts, and no variance below that of the noise.
+    of a trained D is not symmetric: the symmetric part of A V A^T counts, and no variance below that of the noise. Where J gives a
+    direction q no variance to speak of (q C q below a tenth of |C q|), it is |C q|: d would be any number otherwise.
     """
     m, u = r[0].numel(), r
     if m == 0:  # nothing is measured
@@ -87,7 +88,9 @@ def twist(A, r: Tensor, V: Callable[[Tensor], Tensor], vectors: int, sigma_y: fl
     Q, CQ = (torch.stack([v.flatten(1) for v in vs], 1) for vs in (basis, products))  # [B, K, m]
     C = Q @ CQ.mT
     values, rotation = torch.linalg.eigh((C + C.mT) / 2)
-    values = values.maximum((1e-6 * values.abs().amax(1, keepdim=True)).clamp_min(max(1e-18, sigma_y**2)))
+    lengths = (rotation.mT @ CQ).norm(dim=2)  # |C q|, the value itself where q is an eigenvector
+    values = torch.where(values > 0.1 * lengths, values, lengths)
+    values = values.maximum((1e-6 * values.amax(1, keepdim=True)).clamp_min(max(1e-18, sigma_y**2)))
     c = (rotation.mT @ (Q @ r.flatten(1)[..., None]))[..., 0]  # r in C's own basis
     weights = (rotation @ (c / values)[..., None])[..., 0]  # [B, K]
     d = torch.stack([w.view(-1, *[1] * (v.ndim - 1)) * v for w, v in zip(weights.unbind(1), moves, strict=True)]).sum(0)

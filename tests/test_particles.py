@@ -58,6 +58,16 @@ def test_on_the_whole_of_y_s_space_the_twist_is_the_gaussian_s(gaussian, name, s
     assert (d.flatten(1) - torch.linalg.solve(C, r.flatten(1).T).T @ dense @ V).abs().max() < 1e-6
 
 
+def test_where_J_gives_no_variance_d_stays_short():
+    """C of a trained D may turn r aside. At 60 degrees r.C r is half of |C r|, at 90 and 120 there is nothing to divide by."""
+    A, r = rows(torch.eye(2).double()), torch.tensor([1.0, 0.0]).double().view(1, 1, 2, 1)
+    for degrees, length in ((0, 1), (60, 2), (90, 1), (120, 1)):
+        a = torch.tensor(degrees * torch.pi / 180).double()
+        turn = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()]).view(2, 2)
+        d, log_p = twist(A, r, lambda v: (v.flatten(1) @ turn.T).view_as(v), 1, 0.0)  # noqa: B023
+        assert abs(d.norm() - length) < 1e-6 and torch.isfinite(log_p)
+
+
 def test_resampling_is_unbiased_and_stays_within_a_problem():
     """Mean counts over 4,000 noises are P w to 5 %, for both kinds; problems with even weights are left alone."""
     w = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.3, 0.2]])
