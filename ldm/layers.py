@@ -32,7 +32,7 @@ class Layers(NamedTuple):
     """What is known after a round."""
 
     mask: Tensor  # [B, 1, H, W], probability that a pixel is the foreground's
-    foreground: Tensor  # [B, C, H, W] in [-1, 1], the mean of the completions (`finished`: one), with the layer's own pixels
+    foreground: Tensor  # [B, C, H, W] in [-1, 1], the mean of the completions, with the layer's own pixels in it
     background: Tensor
     log_likelihood: Tensor  # [B] of the image under the mixture, mean over pixels: chooses between starts
 
@@ -154,12 +154,11 @@ def infer_layers(
 
 
 def finished(model: Any, D: DenoiserLike, image: Tensor, layers: Layers, seeds: Sequence[int], evaluations: int = 20) -> Layers:
-    """The same mask with one completion of each layer, around all of its pixels."""
-    own = torch.cat([layers.mask > 0.5, layers.mask <= 0.5]).to(image)
-    image = image.repeat(2, 1, 1, 1)
-    drawn = complete(model, D, image, own, [*seeds, *seeds], evaluations)
-    foreground, background = blend(drawn, image, own).chunk(2)
-    return layers._replace(foreground=foreground, background=background)
+    """The same mask with layers to look at: the background with one completion of what the foreground hides, around all of its
+    pixels. Nothing hides the foreground: it is its own pixels, on white."""
+    own = (layers.mask > 0.5).to(image)
+    background = blend(complete(model, D, image, 1 - own, seeds, evaluations), image, 1 - own)
+    return layers._replace(foreground=torch.where(own > 0, image, 1.0), background=background)
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ SHORTER = {
     "guidance": dict(prompts=["red apple"], steps=4),
     "jacobian_analysis": dict(times=[700, 300], krylov=8, factors=[0.5, 3.0]),
     "jacobian_exact_vs_gd": dict(times=[300], seeds=[0, 1]),
+    "layers": dict(numbers=[1], starts=1, rounds=2, completions=2),
     "multiscale": dict(prompts=["red apple"], seeds=[0], steps=6, factor=2),
     "rectified_flow": dict(steps=10),
     "style": dict(prompts=["red apple", "rocket"], strength=0.1),
