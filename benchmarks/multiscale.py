@@ -113,7 +113,7 @@ def sampled(args):
     there = [i for i in range(len(sheet)) if (OUT / f"{i}.pt").exists()]
     lines = measured([torch.load(OUT / f"{i}.pt") for i in there], [sheet[i] for i in there], args.device)
     path = ROOT / "benchmarks/results/multiscale.md"
-    title = f"`python benchmarks/multiscale.py`, {len(there)} prompts, torch {torch.__version__}"
+    title = f"`python benchmarks/multiscale.py --prompts {len(there)}`, torch {torch.__version__}"
     path.write_text("\n".join([title, "", HEAD, "|---" * 9 + "|", *lines]) + "\n")
     print(path.read_text())
 
