@@ -208,7 +208,7 @@ def flowdps(
 
     One forward evaluation per step; through a decoder 3 of its backward passes. The authors' code steps by 15 along the gradient
     of the norm in latents of 147,456 numbers, that is 0.04 sqrt(147,456): `length` is in units of sqrt(N). For super-resolution
-    they have A^+ in the place of A^T / |A|^2. 28 steps; their guidance by a text is the denoiser's matter.
+    they have A^+ in the place of A^T / |A|^2. 28 steps; their guidance by a text is the denoiser's matter. The paper has no masks.
     """
     check_positive(gradient_steps=gradient_steps, length=length)
     run, _ = _begin(D, shape, seeds, lambda: _flow(D).levels(steps), common)
