@@ -65,13 +65,16 @@ OURS = {name: METHODS[name] for name in ("fast", "newton", "newton-eta1", "gradi
 THEIRS = ("azula-PGDM", "azula-TMPD", "azula-MMPS", "azula-DiffPIR", "deepinv-PiGDM", "deepinv-DDRM")
 ALL = PARTICLES | OURS | {name: foreign.OTHERS[name] for name in THEIRS if name.split("-")[0] not in foreign.MISSING}
 SHOWN = {"particles-16": "#d62728", "particles-256": "#7f1d1d", "fast": "#e08214", "newton": "#1f4e9c", "DPS": "#2a8c4a"}
-MAIN = ["particles-16", "particles-256", "fast", "newton", "DPS", "DDNM", "azula-MMPS"]
+MAIN = [n for n in ("particles-16", "particles-256", "fast", "newton", "DPS", "DDNM", "azula-MMPS") if n in ALL]
+
+without = lambda *names: [name for name in MAIN if name not in names]  # noqa: E731
 # the rows of the committed table; d: {budget: methods}
 PLAN = {
-    8: {10: list(ALL), 20: MAIN, 44: list(ALL), 100: MAIN, 220: MAIN, 1000: MAIN[:-1]},
-    80: {44: MAIN, 220: [*MAIN[:3], "DPS", "DDNM"], 1000: [*MAIN[:3], "DPS", "DDNM"]},
-    800: {44: MAIN},
-}
+    8: {10: [n for n in ALL if n not in PARTICLES], 20: MAIN, 44: list(ALL), 100: without("azula-MMPS"),
+        220: without("azula-MMPS"), 1000: ["particles-256", "newton", "DPS", "DDNM"]},
+    80: {44: without("particles-256"), 220: ["particles-16", "fast", "DPS"], 1000: ["particles-256"]},
+    800: {44: without("particles-256")},
+}  # fmt: skip
 # d: how many up to 220 evaluations; above, for `fast` with and without particles, and for the others
 PROBLEMS = {8: (20, 20, 8), 80: (20, 6, 6), 800: (6, 2, 2)}
 SAMPLES = {8: 1024, 80: 1024, 800: 256}
@@ -349,11 +352,11 @@ def jobs(args):
                 key = dict(part="mixture", d=d, d_y=d_y, method=name, budget=budget)
                 yield key, lambda d=d, d_y=d_y, m=ALL[name], b=budget, n=n, s=samples: mixture_row(d, d_y, m, b, n, s)
         methods = [name for name in args.methods or MAIN if name in MAIN and name != "particles-256"]
-        for task, name in [(t, m) for t in image_operators() for m in methods]:
+        for task, name in [(t, m) for t in image_operators() for m in methods if budget == 44]:
             key = dict(d=task, d_y="", method=name, budget=budget)
-            if "gaussian" in args.parts and budget == 44:
+            if "gaussian" in args.parts:
                 yield dict(part="gaussian") | key, lambda t=task, m=ALL[name], b=budget: gaussian_row(t, m, b, few)
-            if "w2" in args.parts and budget in (44, 220):
+            if "w2" in args.parts:
                 yield dict(part="w2") | key, lambda t=task, m=ALL[name], b=budget: w2_row(t, m, b, min(few, 4))
         methods = [m for m in args.methods or ALL if m in ("fast", "particles-16", "newton", "newton-eta1", "gradient")]
         for kind, name in [(k, m) for k in FUNCTIONS for m in methods if "nonlinear" in args.parts and budget == 44]:
