@@ -72,7 +72,7 @@ without = lambda *names: [name for name in MAIN if name not in names]  # noqa: E
 PLAN = {
     8: {10: [n for n in ALL if n not in PARTICLES], 20: MAIN, 44: list(ALL), 100: without("azula-MMPS"),
         220: without("azula-MMPS"), 1000: ["particles-256", "newton", "DPS", "DDNM"]},
-    80: {44: without("particles-256"), 220: ["particles-16", "fast", "DPS"], 1000: ["particles-256"]},
+    80: {44: without("particles-256"), 220: ["particles-16", "fast"], 1000: ["particles-256"]},
     800: {44: without("particles-256")},
 }  # fmt: skip
 # d: how many up to 220 evaluations; above, for `fast` with and without particles, and for the others
