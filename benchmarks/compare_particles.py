@@ -4,7 +4,7 @@
                                            [--images 32] [--report]
 
 Images, tasks and measures of compare.py. particles-P draws P samples of each measurement y, and `fast` --samples. Here y has at
-least 64 values and the samples have one vector: they are not weighed (ldm/particles.py), and P only says how many there are.
+least 64 values and the samples have one vector: they are not weighted (ldm/particles.py), and P only says how many there are.
 weighted-P: as if they were, the log weights by sqrt(K / m). Samples of one y then depend on one another. So a y counts once: its
 samples are averaged, and the 95 % bootstrap intervals are over images. Where the samples of `fast` are there, "minus fast" is the
 paired difference.
@@ -34,7 +34,7 @@ from ldm.util import resolve_device
 
 
 def weighted(*args, **settings):
-    """`fast_sampler` whose particles are weighed however many values y has."""
+    """`fast_sampler` whose particles are weighted however many values y has."""
     by_root = lambda vectors, r: (vectors / (r != 0).flatten(1).sum(1).clamp_min(1)).clamp_max(1).sqrt()  # noqa: E731
     with patch("ldm.particles.trusted", by_root):
         yield from fast_sampler(*args, **settings)

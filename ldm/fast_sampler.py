@@ -71,8 +71,8 @@ def fast_sampler(
     explains the steps and the defaults.
 
     particles = P > 1 is the form that comes closer to the posterior the more steps and particles there are, where y has few values
-    (benchmarks/posterior.py). Each P samples in a row, of one y, are steered by weights that they share; of images, with 16 values
-    of y for each vector and more, there are none (ldm/particles.py). 1 + vectors evaluations at every step; `evaluations` that 200
+    (benchmarks/posterior.py). Each P samples in a row, of one y, share weights. Images are not weighted: with 16 values of y per
+    vector or more, weights are mostly error (ldm/particles.py). 1 + vectors evaluations at every step; `evaluations` that 200
     steps do not spend make more vectors. strength, late, eta and fresh belong to the form without particles.
 
     A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along

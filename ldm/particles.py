@@ -11,8 +11,8 @@ Proposals are ancestral steps from x0 + d, d = V A^T C^-1 r, and log weights gro
 
 Where C is exact, and for many particles and small steps, the samples are the posterior's, whatever its shape. With K vectors of
 m > K measured values it is not: log weights would be off by a sum of m squares, whose deviation grows as sqrt(m), and all particles
-of an image would soon descend from one. They count by sqrt(K / m) then, which keeps that deviation as that of K values; of more
-than 4 K values by less, and of 16 K and more not at all: they would be error only. Samples of an image are then independent.
+of an image would soon descend from one. They count by sqrt(K / m) then, which keeps that deviation as that of K values. With more
+than 4 K values they count less, with 16 K or more not at all: they would be error only. Samples of an image are independent then.
 """
 
 from collections.abc import Callable

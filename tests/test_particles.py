@@ -196,7 +196,7 @@ def test_a_soft_mask_of_one_weight_is_a_noise_level(gaussian):
 
 def test_images_keep_different_ancestors(gaussian):
     """32 measured values and one vector: samples do not depend on how many share a problem, and spread as those of the form without
-    particles, to a tenth. With three vectors they are weighed."""
+    particles, to a tenth. With three vectors they are weighted."""
     images = draw(gaussian, 2).repeat_interleave(16, 0)
     unknown = half_mask() == 0
     spread = lambda x: x.view(2, 16, 1, 8, 8).std(1)[:, unknown[0]].mean()  # noqa: E731
