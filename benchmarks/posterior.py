@@ -67,14 +67,12 @@ ALL = PARTICLES | OURS | {name: foreign.OTHERS[name] for name in THEIRS if name.
 SHOWN = {"particles-16": "#d62728", "particles-256": "#7f1d1d", "fast": "#e08214", "newton": "#1f4e9c", "DPS": "#2a8c4a"}
 MAIN = [n for n in ("particles-16", "particles-256", "fast", "newton", "DPS", "DDNM", "azula-MMPS") if n in ALL]
 
-without = lambda *names: [name for name in MAIN if name not in names]  # noqa: E731
 # the rows of the committed table; d: {budget: methods}
 PLAN = {
-    8: {10: [n for n in ALL if n not in PARTICLES], 20: MAIN, 44: list(ALL), 100: without("azula-MMPS"),
-        220: without("azula-MMPS"), 1000: ["particles-256", "newton", "DPS", "DDNM"]},
-    80: {44: without("particles-256"), 220: ["particles-16", "fast"], 1000: ["particles-256"]},
-    800: {44: without("particles-256")},
-}  # fmt: skip
+    8: {10: [n for n in ALL if n not in PARTICLES], 20: MAIN, 44: list(ALL), 100: MAIN, 220: MAIN, 1000: MAIN},
+    80: {20: MAIN, 44: MAIN, 100: MAIN, 220: MAIN, 1000: MAIN},
+    800: {44: MAIN, 220: MAIN},
+}
 # d: how many up to 220 evaluations; above, for `fast` with and without particles, and for the others
 PROBLEMS = {8: (20, 20, 8), 80: (20, 6, 6), 800: (6, 2, 2)}
 SAMPLES = {8: 1024, 80: 1024, 800: 256}
