@@ -2,8 +2,8 @@
 
     x = m F + (1 - m) B
 
-Two steps in turn, as in flexible sprites (Jojic & Frey 2001) and in the first version of the paper (arXiv 2410.18804v1), of which
-only a summary was known here:
+Two steps in turn, as in flexible sprites (Jojic & Frey 2001). The idea is that of the paper's first version (arXiv 2410.18804v1),
+the details are our own:
 
     completions   each layer is inpainted around those of its pixels that the mask gives it
     EM            a mixture of two Gaussians at each pixel: which layer's completions explain it better?
