@@ -19,12 +19,12 @@ paired differences need is kept in outputs/compare_particles/.
 
 import argparse
 import copy
-import csv
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from compare_tasks import MODELS, TASKS
+from rows import append, read
 from tqdm import tqdm
 
 from ldm.comparison import LABELS, METHODS, Method, run
@@ -93,19 +93,6 @@ def row_of(values, other):
     return row
 
 
-def read(path):
-    return list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-
-
-def append(path, row):
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def number(row, name, signed=False):
     value, low, high = (float(row[name + end] or "nan") for end in ("", "_low", "_high"))
     if value != value:
@@ -166,7 +153,7 @@ def main(argv=None):
         file = lambda m: kept / f"{args.model}-{name}-{m}-{budget}.pt"  # noqa: B023, E731
         torch.save(values, file(method))
         other = torch.load(file("fast"), weights_only=True) if method != "fast" and file("fast").is_file() else None
-        append(path, key | dict(nfe=costs["nfe_forward"]) | row_of(values, other))
+        append(path, key | dict(nfe=costs["nfe_forward"]) | row_of(values, other), COLUMNS)
     text = tables(read(path))
     path.with_suffix(".md").write_text(text)
     print(text)

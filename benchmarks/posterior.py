@@ -26,7 +26,6 @@ row after so much time. Then writes posterior.md and posterior.png. --quick: a f
 """
 
 import argparse
-import csv
 import functools
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from unittest.mock import patch
 import foreign
 import matplotlib
 import torch
+from rows import append, read
 from tqdm import tqdm
 
 from ldm.comparison import METHODS, EvaluationCounter, Method
@@ -228,19 +228,6 @@ def w2_row(task, method, budget, problems, samples=1024):
 # ---- rows, table, figure
 
 
-def read(path):
-    return list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-
-
-def append(path, row):
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def label(name):
     return ALL[name].label or name
 
@@ -386,7 +373,7 @@ def main(argv=None):
         if time.monotonic() - start > args.seconds:
             break
         bar.set_description(" ".join(str(v) for v in key.values()))
-        append(path, key | make())
+        append(path, key | make(), COLUMNS)
     rows = read(path)
     (args.out / "posterior.md").write_text(tables(rows))
     if any(row["part"] == "mixture" for row in rows):

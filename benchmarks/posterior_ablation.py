@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import posterior
+from rows import append, read
 from tqdm import tqdm
 
 from ldm.baselines import solve_without_J
@@ -93,13 +94,13 @@ def main(argv=None):
     settings = [(b, k, name) for b in args.budgets for k in (4, 2, 1) for name in args.variants if k == 4 or name in some]
     for budget, d_y, name in (bar := tqdm(settings)):
         key = dict(part="ablation", d=8, d_y=d_y, method=name, budget=budget)
-        there = any(all(row[k] == str(v) for k, v in key.items()) for row in posterior.read(path))
+        there = any(all(row[k] == str(v) for k, v in key.items()) for row in read(path))
         if there:
             continue
         bar.set_description(f"d_y = {d_y}, {name}, {budget}")
         with patch("ldm.particles.trusted", (lambda vectors, r: 1.0) if FULL in name else trusted):
-            posterior.append(path, key | posterior.mixture_row(8, d_y, method(name), budget, args.problems, 1024))
-    path.with_suffix(".md").write_text(table(posterior.read(path)))
+            append(path, key | posterior.mixture_row(8, d_y, method(name), budget, args.problems, 1024), posterior.COLUMNS)
+    path.with_suffix(".md").write_text(table(read(path)))
 
 
 if __name__ == "__main__":
