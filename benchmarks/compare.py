@@ -5,7 +5,8 @@
 
 Tasks: right half missing, centre hole, brush strokes, 90 % of the pixels missing, x4 super-resolution, blur with noise of
 sigma_y = 0.05. A budget is a number of network evaluations, a backward pass counted as one more; METHODS in ldm/comparison.py and
-OTHERS in benchmarks/foreign.py (other people's implementations: azula, deepinv) have each method's settings for it.
+OTHERS in benchmarks/foreign.py (other people's implementations: azula, deepinv) have each method's settings for it; NAME-tuned has
+the best of twelve on other images instead, where compare_tune.py has searched.
 
 Appends one row per (model, task, method, budget, images) to --out/compare.csv and skips rows that are there, so that an
 interrupted run goes on and a deleted line is made anew; what was sampled is kept in outputs/compare/ for paired differences. Then
@@ -21,6 +22,7 @@ is the peak of one diffusion step, per image, measured once for each method and 
 import argparse
 from pathlib import Path
 
+import compare_tune
 import foreign
 import torch
 from compare_report import report
@@ -31,13 +33,13 @@ from ldm.comparison import METHODS, intervals, run, step_memory, unconstrained
 from ldm.table import append_row, in_table, read_rows
 from ldm.util import resolve_device
 
-ALL_METHODS = METHODS | foreign.OTHERS
+ALL_METHODS = [*METHODS, *foreign.OTHERS, *compare_tune.LABELS]
 
 
 def memory(path, key, task, chosen, device):
-    """{memory, memory_plain} of a method on a task: of the table if it is there, otherwise measured."""
-    same = ("model", "task", "method")
-    known = [row for row in read_rows(path) if all(row[k] == key[k] for k in same) and row["memory"]]
+    """{memory, memory_plain} of a method on a task: of the table if it is there, in any setting, otherwise measured."""
+    of = lambda row: (row["model"], row["task"], row["method"].removesuffix("-tuned"))  # noqa: E731
+    known = [row for row in read_rows(path) if of(row) == of(key) and row["memory"]]
     if known:
         return {k: float(known[0][k]) for k in ("memory", "memory_plain")}
     plain = step_memory(task, unconstrained, dict(newton_steps=0), device)
@@ -53,7 +55,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mnist"], choices=list(MODELS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(ALL_METHODS), metavar="METHOD", help=", ".join(ALL_METHODS))
+    parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, metavar="METHOD", help=", ".join(ALL_METHODS))
     parser.add_argument("--budgets", nargs="+", type=int, default=[20, 44, 100, 220], help="network evaluations, 20 to 1000")
     parser.add_argument("--images", type=int, help="how many (mnist: 256, at most 1000; tiny, tiny-flow: 128, at most 128)")
     parser.add_argument("--batch", type=int, default=32)
@@ -72,7 +74,7 @@ def main(argv=None):
     for name in args.models:
         if args.images and not 2 <= args.images <= MODELS[name].most:
             parser.error(f"--images {args.images}: give a number from 2 to {MODELS[name].most} for {name}")
-    asked = args.methods or list(ALL_METHODS)
+    asked = args.methods or ALL_METHODS
     missing = [m for m in asked if m.split("-")[0] in foreign.MISSING]
     if missing:
         words = f"{' and '.join(foreign.MISSING)} not installed (pip install {' '.join(foreign.MISSING)})"
@@ -89,6 +91,7 @@ def main(argv=None):
             # one compilation for each batch, and with or without gradients, inference mode, azula's and deepinv's modes ...
             torch._dynamo.config.recompile_limit = 64
             model.D.compile()
+        callables = METHODS | foreign.OTHERS | compare_tune.tuned(args.out / compare_tune.FILE, name)
         jobs = [] if args.report else [(t, m, b) for b in sorted(args.budgets) for t in args.tasks for m in methods]
         bar = tqdm(jobs, desc=name)
         for task_name, method, budget in bar:
@@ -96,7 +99,7 @@ def main(argv=None):
             if in_table(path, key):
                 continue
             task = model.task(task_name)
-            chosen = ALL_METHODS[method](budget, task)
+            chosen = callables[method](budget, task)
             if chosen is None:
                 continue
             bar.set_description(f"{task_name}, {method}, {budget}")

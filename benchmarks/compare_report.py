@@ -1,5 +1,6 @@
 """compare.csv as a table, with paired differences, and as figures."""
 
+import compare_tune
 import foreign
 import matplotlib
 import torch
@@ -13,33 +14,39 @@ from ldm.comparison import TASKS  # noqa: E402
 from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
 from ldm.table import NAMES, PER_IMAGE, evaluations, markdown, measures_in, table_head  # noqa: E402
 
-# Rows of version 0.1: the step length fell over the diffusion steps instead of the inner ones, for every task from 0.5 to 0.1.
-FORMER = {"newton-former": "newton, former settings", "gradient-former": "gradient steps, former settings"}
-LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()} | FORMER
+LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()} | compare_tune.LABELS
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
-FAMILIES = {  # family: (colour, its methods)
-    "ours": ("#d62728", ["fast"]),
-    "the paper's loop": ("#1f4e9c", ["newton", "newton-former", "newton-eta1"]),
-    "back-propagating": ("#2a8c4a", ["gradient", "gradient-former", "DPS", "PSLD", "SITCOM"]),
-    "without Jacobian": ("#e08214", ["DDNM", "MPGD", "DiffPIR", "RePaint", "LATINO", "DAPS", "ReSample"]),
-    "flows only": ("#17939c", ["PnP-Flow", "FlowDPS", "FLAIR"]),
-    "azula, back-propagating": ("#7b3fa0", ["azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS"]),
-    "azula, without Jacobian": ("#b9a032", ["azula-DiffPIR", "azula-RePaint"]),
-    "deepinv": ("#4d4d4d", ["deepinv-PiGDM", "deepinv-DPS", "deepinv-DDRM", "deepinv-DiffPIR"]),
-}
+FAMILIES = {  # family: (colour in every figure, its methods)
+    "fast (ours)": ("#d62728", ["fast"]),
+    "the paper's loop": ("#1f4e9c", ["newton", "newton-eta1"]),
+    "back-propagating": (
+        "#2a8c4a",
+        ["gradient", "DPS", "PSLD", "SITCOM", "azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS", "deepinv-PiGDM",
+         "deepinv-DPS"],
+    ),
+    "without Jacobian": (
+        "#e08214",
+        ["DDNM", "MPGD", "DiffPIR", "RePaint", "LATINO", "DAPS", "ReSample", "azula-DiffPIR", "azula-RePaint", "deepinv-DDRM",
+         "deepinv-DiffPIR"],
+    ),
+    "flows only": ("#7b3fa0", ["PnP-Flow", "FlowDPS", "FLAIR"]),
+}  # fmt: skip
 COLOURS = {method: colour for colour, methods in FAMILIES.values() for method in methods}
-BACK_PROPAGATING = [
-    *(method for family in ("back-propagating", "azula, back-propagating") for method in FAMILIES[family][1]),
-    "deepinv-PiGDM",
-    "deepinv-DPS",
-]
-ALONE = {  # methods with a curve of their own, and how it is drawn; of the other families only the best method is drawn
-    "fast": dict(lw=3, ms=7, zorder=4),
-    "newton": dict(lw=1.8, ms=5, zorder=3),
-    "newton-former": dict(lw=1.8, ms=5, zorder=3),
-    "newton-eta1": dict(lw=1.8, ms=5, ls=(0, (5, 1.5)), zorder=3),
+BACK_PROPAGATING = FAMILIES["back-propagating"][1]
+LINES = {  # of the curves, at most six: which methods, and how they are drawn; of several methods the best one at each budget
+    "fast (ours)": (["fast"], dict(lw=3, ms=7, zorder=4)),
+    "the paper's loop, its settings": (["newton"], dict(lw=1.8, ms=5, zorder=3)),
+    "the paper's loop, tuned": (["newton-tuned"], dict(lw=1.8, ms=5, ls=(0, (5, 1.5)), zorder=3)),
+    **{
+        f"{family}, best method and setting": ([*methods, *(f"{m}-tuned" for m in methods)], dict(lw=1.2, ms=3.5, zorder=2))
+        for family, (_, methods) in list(FAMILIES.items())[2:]
+    },
 }
-OTHERS = dict(lw=1.2, ms=3.5, alpha=0.8, zorder=2)
+
+
+def plain(method):
+    """The method's name without the word that says that it was tuned."""
+    return method.removesuffix("-tuned")
 
 
 def report(rows, name, model, out, file_of):
@@ -49,7 +56,8 @@ def report(rows, name, model, out, file_of):
         return
     text = "\n".join(markdown(rows, name, model.features, LABELS) + differences(rows, model, file_of)) + "\n"
     (out / f"compare-{name}.md").write_text(text)
-    curves(rows, out / f"compare-{name}.png")
+    curves(rows, out / f"compare-{name}.png", "evaluations")
+    curves(rows, out / f"compare-{name}-seconds.png", "seconds")
     ranking(rows, out / f"compare-{name}-ranking.png")
     print(text)
 
@@ -63,13 +71,13 @@ def _most_images(rows):
 
 
 def differences(rows, model, file_of):
-    """Two tables of paired differences, image by image: `fast` minus `newton` at 220 evaluations in each of its settings,
-    and minus every back-propagating method at equal time and at its dearest."""
+    """Two tables of paired differences, image by image: `fast` minus `newton` at 220 evaluations, in its settings and tuned, and
+    minus every back-propagating method at equal time and at its dearest."""
     measures, lines = [m for m in measures_in(rows) if m in (*PER_IMAGE, "kid")], []
     of = lambda task, test: [r for r in rows if r["task"] == task and test(r)]  # noqa: E731
     ours = sorted((r for r in rows if r["method"] == "fast"), key=lambda r: int(r["budget"]))
     ours = [r for task in TASKS for r in ours if r["task"] == task]
-    pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: r["method"].startswith("newton") and r["budget"] == "220")]
+    pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: plain(r["method"]) == "newton" and r["budget"] == "220")]
     lines += _differences("fast minus newton at 220 evaluations, paired", "", pairs, measures, model, file_of)
     pairs = []
     for a in (r for r in ours if r["budget"] == "44"):
@@ -114,29 +122,32 @@ def _difference(ours, theirs, measure, n, reference):
 
 
 def ranking(rows, path, budget="44", reference="220"):
-    """The methods at one budget, the best on top, by LPIPS with its interval, or PSNR where LPIPS is missing. A panel for each task
-    that at least two methods were run on; the dashed line is `newton` at the budget `reference`."""
+    """The methods at one budget, the best on top, by LPIPS with its interval, or PSNR where LPIPS is missing: a dot with the
+    settings of their papers, a ring where they were tuned. A panel for each task that at least two methods were run on; the dashed
+    line is `newton` at the budget `reference`."""
     measure = "lpips" if "lpips" in measures_in(rows) else "psnr"
     panels = {t: [r for r in rows if r["task"] == t and r["budget"] == budget] for t in TASKS}
+    panels = {t: _by_method(found, measure) for t, found in panels.items()}
     panels = {t: found for t, found in panels.items() if len(found) > 1}
     if not panels:
         return
     most, lines = max(map(len, panels.values())), {}
     fig, axes = _panels(len(panels), 4.7, 0.21 * most + 0.7)
     for ax, (task, found) in zip(axes, panels.items(), strict=True):
-        found = sorted(found, key=lambda r: float(r[measure]), reverse=measure in LOWER_IS_BETTER)
-        for y, r in enumerate(found):
-            value, low, high = (float(r[measure + end]) for end in ("", "_low", "_high"))
-            ax.plot([low, high], [y, y], color=COLOURS[r["method"]], lw=2, alpha=0.45)
-            ax.plot(value, y, "o", color=COLOURS[r["method"]], ms=9 if r["method"] == "fast" else 5.5)
+        for y, (method, both) in enumerate(found.items()):
+            for r in both:
+                value, low, high = (float(r[measure + end]) for end in ("", "_low", "_high"))
+                face = COLOURS[method] if r["method"] == method else "white"
+                ax.plot([low, high], [y, y], color=COLOURS[method], lw=2, alpha=0.35, zorder=1)
+                ax.plot(value, y, "o", color=COLOURS[method], mfc=face, ms=9 if method == "fast" else 5.5)
         for r in rows:
-            if (r["task"], r["budget"]) == (task, reference) and r["method"] in ("newton", "newton-former"):
+            if (r["task"], r["budget"]) == (task, reference) and r["method"] == "newton":
                 line = ax.axvline(float(r[measure]), color=COLOURS["newton"], ls=(0, (4, 3)), lw=1)
-                lines[f"{LABELS[r['method']]}, {reference} evaluations"] = line
-        ax.set_yticks(range(len(found)), [LABELS[r["method"]] for r in found], fontsize=8.5)
-        for label, r in zip(ax.get_yticklabels(), found, strict=True):
-            label.set(color=COLOURS[r["method"]], fontweight="bold" if r["method"] == "fast" else "normal")
-        values = [float(r[measure]) for r in found]
+                lines[f"the paper's loop, {reference} evaluations"] = line
+        ax.set_yticks(range(len(found)), [LABELS[method] for method in found], fontsize=8.5)
+        for label, method in zip(ax.get_yticklabels(), found, strict=True):
+            label.set(color=COLOURS[method], fontweight="bold" if method == "fast" else "normal")
+        values = [float(r[measure]) for both in found.values() for r in both]
         if max(values) > 10 * min(values) > 0:
             _log_axis(ax.xaxis)
         ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)
@@ -144,12 +155,13 @@ def ranking(rows, path, budget="44", reference="220"):
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x", alpha=0.25, lw=0.5)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    present = {r["method"] for found in panels.values() for r in found}
+    present = {method for found in panels.values() for method in found}
     families = {family: colour for family, (colour, methods) in FAMILIES.items() if present & set(methods)}
     handles = [plt.Line2D([], [], color=colour, marker="o", lw=2) for colour in families.values()]
+    ring = plt.Line2D([], [], color="black", marker="o", mfc="white", lw=0)
     fig.legend(
-        [*handles, *lines.values()],
-        [*families, *lines],
+        [*handles, ring, *lines.values()],
+        [*families, "tuned on other images", *lines],
         loc="outside lower center",
         ncols=min(3, len(panels)) + 1,
         frameon=False,
@@ -160,19 +172,29 @@ def ranking(rows, path, budget="44", reference="220"):
     plt.close(fig)
 
 
-def curves(rows, path):
-    """LPIPS (PSNR where it is missing) against seconds: `fast`, `newton`, and of every other family the best method at each budget.
-    A panel for each task that `fast` was run on at several budgets, or for all tasks if there is none."""
+def _by_method(rows, measure):
+    """{method: its rows, as it is and tuned}, the best method last."""
+    found = {}
+    for row in rows:
+        found.setdefault(plain(row["method"]), []).append(row)
+    best = min if measure in LOWER_IS_BETTER else max
+    quality = {method: best(float(row[measure]) for row in both) for method, both in found.items()}
+    return {method: found[method] for method in sorted(found, key=quality.get, reverse=measure in LOWER_IS_BETTER)}
+
+
+def curves(rows, path, against):
+    """LPIPS (PSNR where it is missing) against "evaluations" or "seconds" per image: LINES. A panel for each task that `fast` was
+    run on at several budgets, or for all tasks if there is none."""
     measure = "lpips" if "lpips" in measures_in(rows) else "psnr"
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     budgets = {task: len({row["budget"] for row in rows if (row["task"], row["method"]) == (task, "fast")}) for task in tasks}
     tasks = [task for task in tasks if budgets[task] > 1] or tasks
     fig, axes = _panels(len(tasks), 4.4, 3.2)
     for ax, task in zip(axes, tasks, strict=True):
-        for label, (style, points) in _curves_of([row for row in rows if row["task"] == task], measure).items():
+        for label, (style, points) in _curves_of([row for row in rows if row["task"] == task], measure, against).items():
             x, y, low, high = zip(*points, strict=True)
             ax.plot(x, y, marker="o", label=label, **style)
-            if label == LABELS["fast"]:
+            if label in list(LINES)[:1]:
                 ax.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
         _log_axis(ax.xaxis)
         values = [value for line in ax.lines for value in line.get_ydata()]
@@ -182,37 +204,36 @@ def curves(rows, path):
         ax.grid(alpha=0.25, lw=0.5)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
+    what = {"evaluations": "evaluations of the network, backward passes too", "seconds": "seconds"}[against]
     for ax in axes[-3:]:
-        ax.set_xlabel("seconds per image", fontsize=10)
+        ax.set_xlabel(f"{what}, per image", fontsize=10)
     handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True))
+    handles = {label: handles[label] for label in LINES if label in handles}
     fig.legend(
         handles.values(),
         handles,
         loc="outside lower center",
-        ncols=min(3, len(tasks)) + 1,
+        ncols=min(3, len(tasks)),
         frameon=False,
         fontsize=9,
         handlelength=3.2,
     )
-    fig.suptitle(f"{NAMES[measure]} against time per image{_direction(measure)}", fontsize=12)
+    fig.suptitle(f"{NAMES[measure]} against {against} per image{_direction(measure)}", fontsize=12)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
-def _curves_of(rows, measure):
-    """{label: (style, [(seconds, value, low, high) of each budget, cheapest first])} of the rows of one task."""
+def _curves_of(rows, measure, against):
+    """{label: (style, [(cost, value, low, high) of each budget, cheapest first])} of the rows of one task."""
     found, best = {}, min if measure in LOWER_IS_BETTER else max
-    for family, (colour, methods) in FAMILIES.items():
-        lines = {LABELS[m]: ([m], ALONE[m]) for m in methods if m in ALONE} or {f"{family} (best)": (methods, OTHERS)}
-        for label, (members, style) in lines.items():
-            own = [row for row in rows if row["method"] in members]
-            budgets = [[row for row in own if row["budget"] == budget] for budget in {row["budget"] for row in own}]
-            chosen = [best(same, key=lambda row: float(row[measure])) for same in budgets]
-            points = sorted(
-                (float(row["seconds"]), *(float(row[measure + end]) for end in ("", "_low", "_high"))) for row in chosen
-            )
-            if points:
-                found[label] = style | dict(color=colour), points
+    cost = evaluations if against == "evaluations" else lambda row: float(row["seconds"])
+    for label, (methods, style) in LINES.items():
+        own = [row for row in rows if row["method"] in methods]
+        budgets = [[row for row in own if row["budget"] == budget] for budget in {row["budget"] for row in own}]
+        chosen = [best(same, key=lambda row: float(row[measure])) for same in budgets]
+        points = sorted((cost(row), *(float(row[measure + end]) for end in ("", "_low", "_high"))) for row in chosen)
+        if points:
+            found[label] = style | dict(color=COLOURS[plain(methods[0])]), points
     return found
 
 

@@ -1,9 +1,11 @@
 """The core of the comparison: budgets, tasks, measures, and the table with its paired differences."""
 
+import json
 from types import SimpleNamespace
 
 import compare
 import compare_report
+import compare_tune
 import foreign
 import pytest
 import torch
@@ -215,7 +217,8 @@ def test_rows_of_an_older_table_stay(tmp_path):
 def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
     """`fast` at 44 against the paper at 220, on the images of both, and against DPS at equal time and at its dearest."""
     generator = torch.Generator().manual_seed(0)
-    cost = {("fast", 44): 1.0, ("newton", 220): 5.0, ("DPS", 20): 0.5, ("DPS", 44): 0.9, ("DPS", 100): 2.0, ("DPS", 220): 3.0}
+    cost = {("fast", 44): 1.0, ("newton", 220): 5.0, ("newton-tuned", 220): 5.0}
+    cost |= {("DPS", 20): 0.5, ("DPS", 44): 0.9, ("DPS", 100): 2.0, ("DPS", 220): 3.0}
     table = [row(method="fast", images=2, psnr=9.0), *(row(method=m, budget=b, seconds=s, images=4 if m == "fast" else 6)
                                                       for (m, b), s in cost.items())]  # fmt: skip
     for r in table:
@@ -229,10 +232,11 @@ def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
     text = (tmp_path / "compare-m.md").read_text()
     assert "# m, 4 to 6 images" in text and "| fast | 4 |" in text and "| fast | 2 |" not in text
     against_paper, against_gradients = text.split("## fast minus")[1:]
+    assert "newton, tuned: 220, 5.000 s | 4 |" in against_paper
     assert "newton: 220, 5.000 s | 4 | +1 [+1, +1] worse | +1 [+1, +1] better" in against_paper  # RMSE, PSNR
     assert "DPS: 44, 0.900 s | 4" in against_gradients and "DPS: 220, 3.000 s | 4" in against_gradients
     assert "DPS: 20," not in against_gradients and "DPS: 100" not in against_gradients
-    assert (tmp_path / "compare-m.png").is_file() and (tmp_path / "compare-m-ranking.png").is_file()
+    assert all((tmp_path / f"compare-m{end}.png").is_file() for end in ("", "-seconds", "-ranking"))
 
 
 def name_of(r):
@@ -241,9 +245,34 @@ def name_of(r):
 
 def test_every_method_has_its_place_in_the_figure():
     placed = [m for _, methods in compare_report.FAMILIES.values() for m in methods]
-    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS, *compare_report.FORMER])
+    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS])
     assert set(placed) == set(compare_report.COLOURS) and set(placed) <= set(compare_report.LABELS)
     assert set(compare_report.BACK_PROPAGATING) <= set(placed)
+    assert len(compare_report.LINES) <= 6
+    of = [compare_report.plain(m) for methods, _ in compare_report.LINES.values() for m in methods]
+    assert set(of) == set(placed) - {"newton-eta1"}  # a tuned setting has it
+
+
+def test_a_tuned_method_has_the_best_setting_of_its_task_and_budget_and_as_many_evaluations(tmp_path, half_task):
+    task, flow, path = half_task("half"), half_task("half", flow=True), tmp_path / compare_tune.FILE
+    for i, setting in enumerate(compare_tune.GRIDS["DPS"]):
+        for budget in (44, 100):
+            row = dict(model="m", task="half", method="DPS", budget=budget, images=2, setting=json.dumps(setting))
+            compare_tune.csv_rows.append(path, row | dict(lpips=abs(i - budget / 20)), compare_tune.COLUMNS)
+    tuned = compare_tune.tuned(path, "m")["DPS-tuned"]
+    assert tuned(44, task)[1] == dict(steps=22) | compare_tune.GRIDS["DPS"][2]
+    assert tuned(100, task)[1] == dict(steps=50) | compare_tune.GRIDS["DPS"][5]
+    assert tuned(20, task) is None and compare_tune.tuned(path, "other")["DPS-tuned"](44, task) is None
+    for name, settings in compare_tune.GRIDS.items():
+        assert len(settings) == 12 and len({json.dumps(s) for s in settings}) == 12
+        method = compare_tune.METHODS_HERE[name]
+        if name == "PSLD":  # through a decoder only
+            continue
+        for setting in settings:
+            sampler, chosen = compare_tune.with_setting(method, 44, flow if name in FLOWS else task, setting)
+            chosen |= dict(langevin_steps=1) if name == "DAPS" else {}  # they cost no evaluation of D
+            _, costs = run(flow if name in FLOWS else task, sampler, chosen, 2, CPU)
+            assert 36 <= costs["nfe_forward"] + costs["nfe_backward"] <= 44, (name, chosen)
 
 
 @pytest.mark.parametrize("options, words", [
