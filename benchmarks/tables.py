@@ -1,0 +1,450 @@
+"""The tables of the README, of the pages and of the models' cards, from the committed results:
+
+    python benchmarks/tables.py [--check]
+
+There a table stands between the comments <!-- NAME --> and <!-- /NAME -->; TABLES has the function that makes it. The command
+writes them all anew; with --check it names those that differ and writes nothing. Figures that the results lack are empty cells.
+"""
+
+import argparse
+import json
+import re
+import sys
+
+import compare_report
+import rows as csv_rows
+from notebook_costs import table as notebook_costs
+
+from ldm.comparison import TASKS
+from ldm.table import read_rows
+from ldm.util import ROOT, atomic_write
+
+FILES = ["README.md", "benchmarks/README.md", "notebooks/README.md", "checkpoints/tiny/README.md", "checkpoints/mnist/README.md"]
+RESULTS = ROOT / "benchmarks/results"
+PER_TASK = ("half", "hole", "sr4")  # the columns of the README
+
+
+def short(value, digits=3):
+    """0.1234 -> ".123"; "" where there is nothing."""
+    return "" if value in (None, "", "nan") else re.sub(r"^(-?)0\.", r"\1.", f"{float(value):.{digits}f}")
+
+
+def signed(value):
+    """0.1234 -> "+.123"."""
+    return re.sub(r"^(.)0\.", r"\1.", f"{float(value):+.3f}")
+
+
+def percent(value, digits=1):
+    return "" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def lines(heads, body):
+    """A Markdown table, without the columns that are empty."""
+    kept = [i for i in range(len(heads)) if any(row[i] != "" for row in body)]
+    return [f"| {' | '.join(str(row[i]) for i in kept)} |" for row in (heads, ["---"] * len(heads), *body)]
+
+
+def markdown_tables(path):
+    """{heading: [row, a dict by column]} of the tables in a results file; the heading "" where there is none before."""
+    found, heading, columns = {}, "", None
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = cells
+        elif set(cells[0]) != {"-"}:
+            found.setdefault(heading, []).append(dict(zip(columns, cells, strict=True)))
+    return found
+
+
+def mean_of(cell):
+    """The number that a cell "0.123 [0.1, 0.14]" begins with."""
+    return cell.split(" ")[0] if cell else ""
+
+
+# ---- the comparison
+
+
+def compared(model):
+    """{(method, task, budget): row} of compare.csv."""
+    return {(r["method"], r["task"], int(r["budget"])): r for r in read_rows(RESULTS / "compare.csv") if r["model"] == model}
+
+
+def lpips(found, method, task, budget):
+    row = found.get((method, task, budget))
+    return float(row["lpips"]) if row else None
+
+
+def best_of(found, family, task, budget):
+    """(LPIPS, label) of the best method of a family, tuned or not."""
+    methods = compare_report.LINES[f"{family}, best method and setting"][0]
+    values = [(lpips(found, m, task, budget), compare_report.LABELS[m]) for m in methods]
+    return min((v for v in values if v[0] is not None), default=(None, ""))
+
+
+def comparison():
+    """The README's: LPIPS of the paper's loop, ours, and the best of the others."""
+    tables, columns = {name: compared(name) for name in ("mnist", "tiny")}, [(m, t) for m in ("mnist", "tiny") for t in PER_TASK]
+    values = {
+        ("the paper's loop", 220): [(lpips(tables[m], "newton", t, 220), "") for m, t in columns],
+        ("the paper's loop, the best of 12 settings", 220): [(lpips(tables[m], "newton-tuned", t, 220), "") for m, t in columns],
+        ("**`fast`**", 44): [(lpips(tables[m], "fast", t, 44), "") for m, t in columns],
+    }
+    for family in ("back-propagating", "without Jacobian"):
+        values[f"best {family} method", 44] = [best_of(tables[m], family, t, 44) for m, t in columns]
+    least = [min((short(row[i][0]) for row in values.values() if row[i][0] is not None), default="") for i in range(len(columns))]
+    body = [
+        [
+            name,
+            n,
+            *(
+                (f"**{short(v)}**" if short(v) == low else short(v)) + f" {label}"
+                for (v, label), low in zip(row, least, strict=True)
+            ),
+        ]
+        for (name, n), row in values.items()
+    ]
+    heads = ["method", "evaluations", *(f"{'digits' if m == 'mnist' else 'emoji'}: {t.replace('sr4', 'x4')}" for m, t in columns)]
+    return lines(heads, [[str(cell).strip() for cell in row] for row in body])
+
+
+def all_methods(model, budget=44):
+    """LPIPS of every method at one budget: with the settings of its paper, and (tuned)."""
+
+    def build():
+        found = compared(model)
+        methods = dict.fromkeys(compare_report.plain(m) for m, _, n in found if n == budget)
+        tasks = [task for task in TASKS if ("fast", task, budget) in found]
+        best = {
+            t: min(v for m, task, n in found if (task, n) == (t, budget) and (v := lpips(found, m, t, n)) is not None)
+            for t in tasks
+        }
+
+        def cell(method, task):
+            values = [lpips(found, m, task, budget) for m in (method, f"{method}-tuned")]
+            marked = [f"**{short(v)}**" if v == best[task] else short(v) for v in values]
+            return marked[0] + (f" ({marked[1]})" if marked[1] else "")
+
+        rank = lambda m: sum((v if (v := lpips(found, m, t, budget)) is not None else 1) for t in tasks)  # noqa: E731
+        name = lambda m: "**`fast`**" if m == "fast" else compare_report.LABELS[m]  # noqa: E731
+        return lines(
+            ["LPIPS", *(TASKS[t] for t in tasks)], [[name(m), *(cell(m, t) for t in tasks)] for m in sorted(methods, key=rank)]
+        )
+
+    return build
+
+
+def better(model):
+    """Where a method has a lower LPIPS than `fast` at the same budget; the interval of the difference is in compare-MODEL.md."""
+
+    def build():
+        found, body = compared(model), []
+        for task in TASKS:
+            for budget in sorted({n for m, t, n in found if (m, t) == ("fast", task)}):
+                ours = lpips(found, "fast", task, budget)
+                ahead = sorted((v, m) for m, t, n in found if (t, n) == (task, budget) and (v := lpips(found, m, t, n)) < ours)
+                if ahead:
+                    names = ", ".join(f"{compare_report.LABELS[m]} {short(v)}" for v, m in ahead)
+                    body.append([TASKS[task], budget, short(ours), names])
+        return lines(["task", "evaluations", "`fast`", "lower"], body)
+
+    return build
+
+
+# ---- other benchmarks
+
+
+def few_steps():
+    body = []
+    for task, rows in markdown_tables(RESULTS / "few_steps.md").items():
+        cells = {}  # three budgets of each method, in order
+        for row in rows:
+            cells.setdefault(row["method"], []).append((int(row["evaluations"]), short(mean_of(row["LPIPS"]))))
+        budgets = [4, 8, 12]
+        within = lambda found, n, low: next((v for e, v in found[::-1] if low < e <= n), "")  # noqa: E731
+        for method, found in cells.items():
+            body.append([f"{task}: {method}", *(within(found, n, low) for n, low in zip(budgets, [0, 4, 8], strict=True))])
+    return lines(["LPIPS", "at most 4 evaluations", "8", "12"], body)
+
+
+def guidance():
+    (rows,) = markdown_tables(RESULTS / "guidance.md").values()
+    heads = ["method", "step", "evaluations", "mIoU, second parser", "pixels right", "caption in the first 5 %", "KID"]
+    digits = {"mIoU, second parser": 2, "pixels right": 2, "caption in the first 5 %": 2, "KID": 4}
+    return lines(heads, [[short(mean_of(row[h]), digits[h]) if h in digits else row[h] for h in heads] for row in rows])
+
+
+def multiscale():
+    return [line for line in (RESULTS / "multiscale.md").read_text().splitlines() if line.startswith("|")]
+
+
+def posterior():
+    """Distances on the mixture, by budget, dimensions and methods."""
+    found = {(int(r["d"]), int(r["d_y"]), r["method"], int(r["budget"])): r for r in csv_rows.read(RESULTS / "posterior.csv")
+             if r["part"] == "mixture"}  # fmt: skip
+    names = {"particles-16": "**`fast`, 16 particles**", "particles-256": "**`fast`, 256 particles**", "fast": "`fast`",
+             "newton": "`newton`", "DPS": "DPS", "azula-MMPS": "MMPS (azula)", "DDNM": "DDNM"}  # fmt: skip
+    columns = [(d, y) for d in (8, 80, 800) for y in (1, 2, 4)]
+    two = lambda row, key: "" if row is None else f"{float(row[key]):.2f}"  # noqa: E731
+    body = [["two exact draws", "", *(two(found.get((*c, "fast", 44)), "exact") for c in columns)]]
+    for budget in (44, 220, 1000):
+        body += [[name, budget, *(two(found.get((*c, m, budget)), "distance") for c in columns)] for m, name in names.items()]
+    return lines(["method", "budget", *(f"d = {d}, d_y = {y}" for d, y in columns)], body)
+
+
+def particles():
+    """Samples of images with and without particles at 44 evaluations."""
+    measures = ["lpips", "accuracy", "spread", "crps"]
+    names = {"fast": "`fast`", "particles-4": "4 particles", "weighted-4": "4 particles, weighted"}
+    body, rows = [], csv_rows.read(RESULTS / "compare_particles.csv")
+    place = {key: i for i, key in enumerate(dict.fromkeys((row["model"], row["task"]) for row in rows))}
+    for row in sorted(rows, key=lambda row: place[row["model"], row["task"]]):
+        if row["budget"] != "44" or row["method"] not in names:
+            continue
+        cells = []
+        for m in measures:
+            value, minus = (row[m], row[f"{m}_minus"])
+            cell = short(value, 2 if m == "accuracy" else 3)
+            if minus:
+                low, high = row[f"{m}_minus_low"], row[f"{m}_minus_high"]
+                cell += f" ({signed(minus)} [{signed(low)}, {signed(high)}])"
+            cells.append(cell if value not in ("", "nan") else "")
+        of = {"mnist": "digits", "tiny": "emoji"}[row["model"]]
+        body.append([f"{of}, {TASKS[row['task']]}, {row['images']} images: {names[row['method']]}", *cells])
+    return lines(["", "LPIPS", "label accuracy", "spread", "CRPS"], body)
+
+
+def tasks(*parts):
+    """Of tasks.json, those of the half that is missing."""
+
+    def build():
+        found, body = json.loads((RESULTS / "tasks.json").read_text()), []
+        for part, model in zip(parts, ("tiny", "tiny-flow"), strict=True):
+            for name, row in found.get(part, {}).items():
+                if isinstance(row, dict):
+                    nfe = row.get("nfe", found[part].get("nfe"))
+                    known = [f"{row[key]:.1f} dB" for key in ("known_psnr_before_blending", "known_psnr_reencoded")]
+                    body.append([f"`{model}`: {name}", nfe, short(row["lpips_alex"]), *known])
+        return lines(["", "evaluations", "LPIPS", "known half, PSNR", "encoded once more"], body)
+
+    return build
+
+
+def notebooks():
+    return notebook_costs(csv_rows.read(RESULTS / "notebooks.csv")).splitlines()
+
+
+# ---- what notebooks printed
+
+
+def printed(path):
+    """All that the cells of a committed notebook printed."""
+    cells = json.loads((ROOT / path).read_text())["cells"]
+    return "".join("".join(out.get("text", "")) for cell in cells for out in cell.get("outputs", []))
+
+
+PAIR = r"([\d.]+) \+- ([\d.]+)"
+
+
+def directions():
+    """jacobian_exact_vs_gd: J e and J^T e on one image."""
+    text, body = printed("stable-diffusion/jacobian_exact_vs_gd.ipynb"), []
+    cell = lambda value, spread: " ± ".join(short(v, 2 if float(value) > 0.05 else 3) for v in (value, spread))  # noqa: E731
+    for row in re.finditer(rf"^(.+?) +(?:{PAIR} *){{4}}$", text, re.MULTILINE):
+        body.append([row[1].replace("|", "\\|"), *(cell(*pair) for pair in re.findall(PAIR, row[0]))])
+    steps = re.findall(rf"^t = (\d+), (.+?) +known half {PAIR}, hidden half {PAIR}$", text, re.MULTILINE)
+    for half, at in (("known", 2), ("hidden", 4)):
+        for direction in dict.fromkeys(step[1] for step in steps):
+            own = [cell(*step[at : at + 2]) for step in steps if step[1] == direction]
+            body.append([f"one step along {direction}: error of the {half} half, after / before", *own])
+    return lines(["", *(f"t = {t}" for t in dict.fromkeys(step[0] for step in steps))], body)
+
+
+def eigenvalues():
+    """jacobian_analysis: the largest |mu|, next to the paper's."""
+    text = printed("stable-diffusion/jacobian_analysis.ipynb")
+    printed_there = {"J": "16.85, 8.45, 7.88, 4.98", "symmetric": "16.44, 8.65, 9.00, 6.52", "skew": "2.67, 3.35, 2.51, 1.22"}
+    body = [["Stable Diffusion v1.5, printed in the paper", *printed_there.values(), ""]]
+    for model in dict.fromkeys(re.findall(r"^(\S+) +symmetric ", text, re.MULTILINE)):
+        row = [f"`{model}`"]
+        for kind in (*printed_there, "|J - J^T|/|J|"):
+            line = re.search(rf"^{model} +{re.escape(kind)} .*$", text, re.MULTILINE)[0]
+            row.append(", ".join(short(mean, 2) for mean, _ in re.findall(PAIR, line)))
+        body.append(row)
+    return lines(["", "$J$", "$(J + J^\\top)/2$", "$(J - J^\\top)/2$", "$\\lvert J - J^\\top\\rvert / \\lvert J\\rvert$"], body)
+
+
+def step_lengths():
+    """jacobian_analysis: the paper's study of step lengths."""
+    text = printed("stable-diffusion/jacobian_analysis.ipynb")
+    found = re.findall(r"^(.+?) +error ([\d.e+]+) at first, ([\d.e+]+) at the end, NFE (\d+)$", text, re.MULTILINE)
+    return lines(["step length", "evaluations", "error at first", "at the end"], [[name, n, a, b] for name, a, b, n in found])
+
+
+def differences():
+    """jacobian_study: the h with the least error of J e."""
+    text, rows = printed("notebooks/jacobian_study.ipynb"), {}
+    for model, arithmetic, error, h in re.findall(
+        r"^(\w+): (float.*?|bfloat16) *least error ([\d.e-]+) at h = ([\d.]+)$", text, re.MULTILINE
+    ):
+        rows.setdefault(arithmetic, {})[model] = f"{h}: {100 * float(error):.2g} %"
+    models = list(next(iter(rows.values())))
+    return lines(["", *(f"`{m}`" for m in models)], [[arithmetic, *(row[m] for m in models)] for arithmetic, row in rows.items()])
+
+
+def repeated():
+    """jacobian_study: what five steps leave of the residual."""
+    text = printed("notebooks/jacobian_study.ipynb")
+    found = re.findall(rf"^(\w+), t = (\d+): (.+?) +{PAIR} after 5 steps$", text, re.MULTILINE)
+    times = list(dict.fromkeys(t for _, t, *_ in found))
+    body = {}
+    for model, _, direction, value, spread in found:
+        body.setdefault(f"`{model}`: {direction}", []).append(f"{short(value, 2)} ± {short(spread, 2)}")
+    return lines(["", *(f"t = {t}" for t in times)], [[name, *cells] for name, cells in body.items()])
+
+
+def layers():
+    """Two layers and a mask: intersection over union."""
+    names = {"all": "all ones", "starts": "the discs that it begins with, mean", "otsu": "brightness (Otsu)",
+             "colour": "k-means of colours", "disc": "a disc in the middle", "mean": "layers: mean over starts",
+             "chosen": "the start of the highest likelihood", "best": "the best start, known from the truth only"}  # fmt: skip
+    rows = csv_rows.read(RESULTS / "layers.csv")
+    return lines(
+        ["mask", "IoU"],
+        [[label, short(sum(float(row[f"iou {key}"]) for row in rows) / len(rows), 2)] for key, label in names.items()],
+    )
+
+
+# ---- cards
+
+
+def card(path):
+    return json.loads((ROOT / "checkpoints" / path / "quality.json").read_text())
+
+
+def tiny_autoencoder():
+    names = {"names": "held-out names", "pairs": "held-out pairs", "held_out": "held-out names in the first two styles",
+             "sample": "the 32 of them in the repository"}  # fmt: skip
+    found = card("tiny")["autoencoder"]
+    body = [[label, r["images"], f"{r['psnr']:.1f} dB", *(short(r.get(k)) for k in ("ssim", "lpips_alex", "moved_by_5_percent"))]
+            for key, label in names.items() if (r := found.get(key))]  # fmt: skip
+    return lines(["images of", "number", "PSNR", "SSIM", "LPIPS-Alex", "moved by 5 %"], body)
+
+
+def tiny_clip():
+    names = {"held_out": "held-out images", "training": "training images"}
+    found = card("tiny")["clip"]
+    body = [[label, found[key]["names"], *(percent(found[key][k]) for k in ("top_1", "top_10", "top_5_percent"))]
+            for key, label in names.items()]  # fmt: skip
+    return lines(["", "names", "first", "among the first 10", "among the first 5 %"], body)
+
+
+def tiny_judge():
+    names = {"names": "held-out names", "pairs": "held-out pairs"}
+    found = card("tiny")["judge"]
+    body = [[label, found[key]["images"], *(percent(found[key].get(k)) for k in ("category", "top_1", "top_5"))]
+            for key, label in names.items()]  # fmt: skip
+    return lines(["", "images", "category", "name is the first", "among the first five"], body)
+
+
+def tiny_parsers():
+    names = {"names": "held-out names", "pairs": "held-out pairs"}
+    found = card("tiny")["parsers"]
+    body = [[label, found["by_rules"][key]["images"],
+             *(percent(found[parser][key][k]) for parser in ("tiny-parser", "by_rules") for k in ("miou", "pixels"))]
+            for key, label in names.items()]  # fmt: skip
+    return lines(["", "images", "parser: mIoU", "pixels", "rules: mIoU", "pixels"], body)
+
+
+def tiny_generation():
+    found = card("tiny")["generation"]
+    names = {"tiny": "`tiny`", "tiny-flow": "`tiny-flow`", "real": "real images of the same captions"}
+    spread = lambda pair: "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"  # noqa: E731
+    body = []
+    for key, label in names.items():
+        r = found[key]
+        judged = [percent(r.get(k)) for k in ("judge_top_5", "judge_top_5_of_the_sheet")] + [spread(r.get("judge_kid_to_held_out"))]
+        body.append([label, *judged, percent(r["top_5_percent"]), spread(r["kid_to_held_out"])])
+    if "held_out_pairs" in found:
+        body.append(["held-out drawings of known names", percent(found["held_out_pairs"]["judge_top_5"]), "", "", "", ""])
+    heads = ["", "judge: name in its first five", "the same, the 64 above", "KID by the judge", "CLIP: caption in its first 5 %",
+             "KID by CLIP"]  # fmt: skip
+    return lines(heads, body)
+
+
+def mnist_quality():
+    q = card("mnist")
+    kid = [f"{q[key][0]:.2f} ± {q[key][1]:.2f}" for key in ("kid_samples_to_test", "kid_training_digits_to_test")]
+    body = [
+        ["classified with a probability of at least 0.9", percent(q["top_probability_at_least_0.9"]),
+         f"{percent(q['test_digits_top_probability_at_least_0.9'])} (test digits)"],
+        ["kernel distance (KID) to the test digits, in the classifier's features", kid[0], f"{kid[1]} (as many training digits)"],
+        ["share of each digit, 0 to 9", ", ".join(f"{100 * s:.1f}" for s in q["share_of_each_digit"]) + " %", ""],
+        *([["RMS of the background", short(q["background_rms"], 4), short(q["test_digits_background_rms"], 4)]]
+          if "background_rms" in q else []),
+    ]  # fmt: skip
+    return lines(["", "samples", "real digits"], body)
+
+
+TABLES = {
+    "comparison": comparison,
+    "comparison of digits": all_methods("mnist"),
+    "comparison of emoji": all_methods("tiny"),
+    "comparison of flows": all_methods("tiny-flow"),
+    "better on digits": better("mnist"),
+    "better on emoji": better("tiny"),
+    "better on flows": better("tiny-flow"),
+    "few steps": few_steps,
+    "guidance": guidance,
+    "multiscale": multiscale,
+    "posterior": posterior,
+    "particles": particles,
+    "half missing": tasks("inpainting", "flow"),
+    "costs of notebooks": notebooks,
+    "directions": directions,
+    "eigenvalues": eigenvalues,
+    "step lengths": step_lengths,
+    "repeated steps": repeated,
+    "differences": differences,
+    "layers": layers,
+    "autoencoder": tiny_autoencoder,
+    "clip": tiny_clip,
+    "judge": tiny_judge,
+    "parsers": tiny_parsers,
+    "generation": tiny_generation,
+    "digits": mnist_quality,
+}
+
+
+def filled(text):
+    """The text with every table made anew. KeyError for a name that is not in TABLES."""
+
+    def block(match):
+        return "\n".join([f"<!-- {match[1]} -->", *TABLES[match[1]](), f"<!-- /{match[1]} -->"])
+
+    return re.sub(r"<!-- ([\w -]+) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; an error where a table differs")
+    args = parser.parse_args(argv)
+    for name in FILES:
+        path, text = ROOT / name, (ROOT / name).read_text()
+        new = filled(text)
+        if new == text:
+            continue
+        if args.check:
+            old = set(text.splitlines())
+            sys.exit(f"{name} differs from the results, python benchmarks/tables.py writes it anew:\n" +
+                     "\n".join(line for line in new.splitlines() if line not in old))  # fmt: skip
+        with atomic_write(path) as temporary:
+            temporary.write_text(new)
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
