@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.checkpoints import load_model
 from ldm.data.captioned import Captioned, CaptionedFolder, Encoded, fingerprint
-from ldm.data.emoji import entries, held_out_names, on_white, readable
+from ldm.data.emoji import entries, held_out_names, pixels, readable
 from ldm.denoisers import LatentDenoiser
 from ldm.newton_sampler import sample
 from ldm.train import train
@@ -150,7 +150,7 @@ def test_transparency_becomes_white(tmp_path):
     image = Image.new("RGBA", (128, 128), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 64, 128))
     image.save(tmp_path / "a.webp", lossless=True)
-    x = on_white(Image.open(tmp_path / "a.webp"))
+    x = pixels(Image.open(tmp_path / "a.webp"))
     assert x.shape == (64, 64, 3) and x[10, 60].tolist() == [255] * 3 and x[10, 10].tolist() == [0, 0, 255]
 
 

@@ -24,7 +24,7 @@ from ldm.data.captioned import Captioned
 from ldm.data.iconify import bare, draw, members, read_icons
 from ldm.data.packages import fetch
 from ldm.data.regions import regions
-from ldm.images import from_uint8, grid, load_image, save_image
+from ldm.images import from_uint8, grid, load_image, on_white, save_image
 from ldm.util import ROOT, atomic_write
 
 STYLES = {  # npm's name, file, sha256; in the order of Emoji.styles. Licences are in checkpoints/tiny/README.md
@@ -184,10 +184,9 @@ def entries(emoji):
             yield name, caption, entry["category"], variation["image"]
 
 
-def on_white(image):
+def pixels(image):
     """A PIL image -> [64, 64, 3] uint8, composited on white, reduced by Lanczos."""
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = on_white(image.convert("RGBA"))
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS) if image.size != (SIZE, SIZE) else image)
 
 
@@ -211,7 +210,7 @@ def build(root="data"):
             found.append(svg and draw(svg, 2 * SIZE))
         for style, image in enumerate(found):
             if image is not None and (list(STYLES)[style], name) not in MISNAMED:
-                images.append(on_white(image))
+                images.append(pixels(image))
                 parts.append(regions(image))
                 labels.append((name, caption, style, category))
     names, captions, styles, categories = map(np.array, zip(*labels, strict=True))
