@@ -1,6 +1,7 @@
-"""Rows of results in a csv file, one setting each, to which an interrupted run goes on adding."""
+"""Rows of results: in a csv file, one setting each, to which an interrupted run goes on adding; and as a Markdown table."""
 
 import csv
+import re
 from pathlib import Path
 
 
@@ -17,3 +18,23 @@ def append(path: Path, row: dict, columns: list[str]) -> None:
         if new:
             writer.writeheader()
         writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def short(value, digits=3):
+    """0.1234 -> ".123"; "" where there is nothing."""
+    return "" if value in (None, "", "nan") else re.sub(r"^(-?)0\.", r"\1.", f"{float(value):.{digits}f}")
+
+
+def signed(value):
+    """0.1234 -> "+.123"."""
+    return re.sub(r"^(.)0\.", r"\1.", f"{float(value):+.3f}")
+
+
+def percent(value, digits=1):
+    return "" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def lines(heads, body):
+    """A Markdown table, without the columns that are empty."""
+    kept = [i for i in range(len(heads)) if any(row[i] != "" for row in body)]
+    return [f"| {' | '.join(str(row[i]) for i in kept)} |" for row in (heads, ["---"] * len(heads), *body)]

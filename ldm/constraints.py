@@ -356,18 +356,27 @@ class LossConstraint(Constraint):
     loss: callable x0 [B, ...] -> [B], in which samples do not mix. ValueError where it gives another shape.
     chunk: samples that the loss is given at a time, which bounds the memory of its graph; None: all. Not for a loss that holds
     something of its own for each sample.
+    until: a number, or one for each sample [B]: where the loss is not above it, e = 0, so that samples are not moved further. None:
+    there is always something to gain.
     """
 
-    def __init__(self, loss: Callable[[Tensor], Tensor], chunk: int | None = None):
+    def __init__(self, loss: Callable[[Tensor], Tensor], chunk: int | None = None, until: float | Tensor | None = None):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
-        self.loss, self.chunk, self.backward_passes = loss, chunk, 0
+        self.loss, self.chunk, self.until, self.backward_passes = loss, chunk, until, 0
 
     def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         found = [self._gradient(part) for part in x0.split(self.chunk or len(x0))]
         self.backward_passes += 1
-        gradients, values = zip(*found, strict=True)
-        return -torch.cat(gradients), torch.cat(values)
+        gradients, losses = zip(*found, strict=True)
+        e, values = -torch.cat(gradients), torch.cat(losses)
+        if self.until is not None:
+            if torch.is_tensor(self.until) and self.until.shape not in ((), values.shape):
+                raise ValueError(
+                    f"until has shape {list(self.until.shape)}: give a number, or one for each of {len(values)} samples"
+                )
+            e = e * (values > self.until).view(-1, *[1] * (e.ndim - 1))
+        return e, values
 
     def _gradient(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():

@@ -3,7 +3,8 @@
     python mnist/quality.py [--model mnist] [--samples 1000] [--steps 50] [--eta 0] [--out checkpoints/mnist]
 
 A classifier (shipped, trained by configs/mnist/classifier.yaml) judges the samples; kernel distances (KID) are in its
-features, to the 10,000 test digits, next to those of as many training digits. Needs the MNIST data. Writes quality.json and
+features, to the 10,000 test digits, next to those of as many training digits. The background is the frame of two pixels that is
+black in all digits: how far samples are from it, as a root mean square in [-1, 1]. Needs the MNIST data. Writes quality.json and
 samples.png.
 """
 
@@ -21,6 +22,13 @@ from ldm.images import from_uint8, grid, save_image
 from ldm.metrics import judge_digits, kernel_distance
 from ldm.newton_sampler import sample
 from ldm.util import resolve_device
+
+
+def background_rms(images):
+    """Of images [N, 1, 32, 32] in [-1, 1], the root mean square distance from black of the two outermost pixels on each side."""
+    frame = torch.ones(32, 32, dtype=torch.bool)
+    frame[2:-2, 2:-2] = False
+    return (images[:, 0, frame] + 1).square().mean().sqrt().item()
 
 
 def main():
@@ -62,6 +70,7 @@ def main():
         "top_probability_at_least_0.9": round((p.amax(1) >= 0.9).float().mean().item(), 4),
         "test_digits_top_probability_at_least_0.9": round((p_test.amax(1) >= 0.9).float().mean().item(), 4),
         "share_of_each_digit": [round(share, 3) for share in shares.tolist()],
+        "background_rms": round(background_rms(samples), 4),
         "kid_samples_to_test": [round(kid, 4), round(kid_std, 4)],
         "kid_training_digits_to_test": [round(kid_real, 4), round(kid_real_std, 4)],
     }

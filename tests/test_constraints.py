@@ -3,7 +3,7 @@
 import open_clip
 import pytest
 import torch
-from common import randomised
+from common import GaussianDenoiser, randomised
 from safetensors.torch import save_file
 
 from ldm.clip import ClipVision, load_clip_vision
@@ -106,6 +106,22 @@ def test_losses_are_differentiated_and_have_one_number_per_sample():
     assert torch.allclose(e, -2 * x) and torch.allclose(residual, x.square().sum((1, 2, 3)))
     with pytest.raises(ValueError, match=r"loss gives a tensor of shape \[\] for 2 samples"):
         LossConstraint(lambda x: x.square().sum())(x)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_samples_whose_loss_is_low_enough_are_not_moved(chunk, schedule):
+    energy, x = lambda x: x.square().flatten(1).sum(1), torch.tensor([[1.0], [3.0]]).view(2, 1, 1, 1)  # noqa: E731
+    for until in (4.0, torch.tensor(4.0), torch.tensor([4.0, 5.0])):
+        e, residual = LossConstraint(energy, chunk, until)(x)
+        assert e.flatten().tolist() == [0, -6] and residual.tolist() == [1, 9]
+    with pytest.raises(ValueError, match=r"until has shape \[3\]: give a number, or one for each of 2 samples"):
+        LossConstraint(energy, chunk, torch.zeros(3))(x)
+    D, ends = GaussianDenoiser(torch.zeros(4), torch.eye(4), schedule), []
+    for until in (None, 0.5, torch.tensor([1e9, 0.5])):
+        ends.append(sample(D, LossConstraint(energy, chunk, until), (2, 1, 2, 2), [0, 1], lr=0.05).x0)
+    free = sample(D, None, (2, 1, 2, 2), [0, 1]).x0
+    assert energy(ends[0]).max() < energy(ends[1]).max() < 0.6 < energy(free).min()  # 0.5, and the last steps without a push
+    assert torch.allclose(ends[2][0], free[0], atol=1e-5) and torch.equal(ends[2][1], ends[1][1])
 
 
 def test_the_gram_distance_is_zero_at_the_reference_and_takes_one_for_all():

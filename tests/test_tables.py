@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import rows
 import tables
 
 from ldm.util import ROOT
@@ -25,6 +26,6 @@ def test_a_changed_figure_is_found():
 
 
 def test_figures_are_written_short():
-    assert [tables.short(v) for v in (0.1234, "-0.5", 12.3456, None, "nan")] == [".123", "-.500", "12.346", "", ""]
-    assert tables.signed(-0.0004) == "-.000" and tables.signed("0.1") == "+.100"
-    assert tables.lines(["a", "b"], [["x", ""], ["y", ""]]) == ["| a |", "| --- |", "| x |", "| y |"]
+    assert [rows.short(v) for v in (0.1234, "-0.5", 12.3456, None, "nan")] == [".123", "-.500", "12.346", "", ""]
+    assert rows.signed(-0.0004) == "-.000" and tables.signed("0.1") == "+.100"
+    assert rows.lines(["a", "b"], [["x", ""], ["y", ""]]) == ["| a |", "| --- |", "| x |", "| y |"]

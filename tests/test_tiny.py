@@ -26,22 +26,13 @@ def model():
     return load_model(device="cpu")
 
 
-def test_the_card_has_every_file_s_checksum_and_figures():
+def test_the_card_has_every_file_s_checksum():
     card = (FOLDER / "README.md").read_text()
     files = sorted(FOLDER.glob("*.safetensors"))
     assert {ROOT / SHIPPED[name][1] for name in TINY} == set(files)
     assert sum(path.stat().st_size for path in files) <= 45e6
     for path in files:
         assert hashlib.sha256(path.read_bytes()).hexdigest() in card, path.name
-    quality = json.loads((FOLDER / "quality.json").read_text())
-    for part in ("held_out", "sample"):
-        assert f"{quality['autoencoder'][part]['psnr']:.1f} dB" in card
-    for name in ("tiny", "tiny-flow"):
-        assert f"{100 * quality['generation'][name]['top_5_percent']:.1f} %" in card
-    for figures in quality["parsers"].values():
-        assert all(f"{100 * part[name]:.1f} %" in card for part in figures.values() for name in ("miou", "pixels"))
-    for figures in quality["judge"].values():
-        assert all(f"{100 * value:.1f} %" in card for name, value in figures.items() if name != "images")
 
 
 @pytest.mark.parametrize("name", TINY)
