@@ -1,6 +1,5 @@
 import csv
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
