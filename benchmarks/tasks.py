@@ -7,7 +7,8 @@ inpainting  the right half of held-out images is missing, seeds 0 to 3 in turn; 
             (x0 + A^T r) at as many evaluations as the loop
 flow        the same with the rectified flow, `--flow`
 superres    four-fold, on a quarter as many images: the decoder's gradient and the encoder's difference, next to bicubic
-style       32 training captions, each with a held-out image as reference, guided and unguided
+style       32 training captions, each with a held-out image as reference, with the notebook's settings, guided and unguided; CLIP
+            and the judge, which had no part in it, rank the caption among all names
 
 Needs the captioned images (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes tasks.json, after each
 method what is there so far: each takes minutes.
@@ -18,14 +19,16 @@ import json
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from tiny import Clip, in_batches, share
+from tiny import Clip, Judge, in_batches, share
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from ldm.checkpoints import load_model
 from ldm.clip import load_clip_vision
+from ldm.comparison import step_memory
 from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint, latent_inpainting
 from ldm.data.emoji import SHIPPED_STYLES, Emoji
 from ldm.denoisers import LatentDenoiser
@@ -34,8 +37,9 @@ from ldm.guidance import gram_distance
 from ldm.images import from_uint8
 from ldm.inpainting import blend, make_mask, reencode
 from ldm.metrics import lpips_distance, lpips_weights, psnr, ssim
-from ldm.newton_sampler import newton_sampler, sample
+from ldm.newton_sampler import newton_sampler
 from ldm.operators import Mask, downsample
+from ldm.profiles import profile
 from ldm.sampling import State, seeded_noise
 from ldm.util import resolve_device
 
@@ -111,30 +115,42 @@ def superres(model, images, device, factor=4):
     measures = lambda x: {"consistency_psnr": mean(psnr(A(x), y)), "psnr": mean(psnr(x, images)), "ssim": mean(ssim(x, images)),  # noqa: E731
                           **perceptual(x, images)}  # fmt: skip
     out = {"images": len(images), "factor": factor, "bicubic": measures(bicubic)}
-    constraints = {"decoder's gradient": DecodedConstraint(model.decode, A, y),
-                   "encoder's difference": EncoderConstraint(model.decode, model.encode, A, y)}  # fmt: skip
-    for name, constraint in constraints.items():
+    constraints = {"decoder's gradient": lambda part: DecodedConstraint(model.decode, A, y[part]),
+                   "encoder's difference": lambda part: EncoderConstraint(model.decode, model.encode, A, y[part])}  # fmt: skip
+    for name, of in constraints.items():
+        constraint = of(slice(None))
         state, seconds = run(D, constraint, (len(images), *shape), seeds, device, newton_steps=10, lr=0.1)
         with torch.inference_mode():
             x = model.decode(state.x_t).clamp(-1, 1)
+        task = SimpleNamespace(images=images, constraint=of, D=D, shape=shape)
+        memory = step_memory(task, newton_sampler, dict(newton_steps=1, lr=0.1), device)
         out[name] = {"nfe": state.nfe, "decoder_backward_passes": constraint.backward_passes, "seconds": round(seconds, 1),
-                     **measures(x)}  # fmt: skip
+                     "memory_of_a_step_mib_per_image": memory and round(memory, 2), **measures(x)}  # fmt: skip
         yield out
 
 
-def style(model, images, captions, names, device, lr=(0.1, 0.03)):
-    """captions: one for each reference image; names: the captions that are ranked; lr: the notebook's."""
-    judge, loss = Clip(device), gram_distance(load_clip_vision(device=device), model.decode, images)
-    D, shape = LatentDenoiser(model, captions, 3.0), (len(captions), model.channels, model.image_size, model.image_size)
-    unguided = sample(D, None, shape, range(len(captions)), steps=20, device=device)
-    guided, seconds = run(D, LossConstraint(loss), shape, range(len(captions)), device, lr=lr)
-    out = {"captions": len(captions), "lr": lr, "nfe": guided.nfe, "seconds": round(seconds, 1)}
+def style(model, images, captions, names, device):
+    """captions: one for each reference image; names: the captions that are ranked; settings: the notebook's."""
+    clip, judge = Clip(device), Judge(device)
+    p = profile(model, "style", captions, range(len(captions)))
+    D, shape = LatentDenoiser(model, captions, p.guidance), (len(captions), model.channels, model.image_size, model.image_size)
+    loss = gram_distance(load_clip_vision(device=device), model.decode, images)
+    free = list(tqdm(newton_sampler(D, None, shape, p.seeds, p.steps, device=device), total=p.steps, leave=False))
     with torch.inference_mode():
-        before, after = loss(unguided.x_t), loss(guided.x_t)
+        before = loss(free[-1].x_t)
+    first, constraint = round(p.free * p.steps), LossConstraint(loss, until=p.enough * before)
+    start = free[first - 1] if first else None
+    guided, seconds = run(D, constraint, shape, p.seeds, device, start=start, **p.sampler)
+    out = {"captions": len(captions), "lr": p.lr, "free": p.free, "enough": p.enough, "nfe": first + guided.nfe,
+           "decoder_backward_passes": constraint.backward_passes, "seconds": round(seconds, 1)}  # fmt: skip
+    with torch.inference_mode():
+        after = loss(guided.x_t)
         out["gram_distance"] = {"unguided": mean(before), "guided": mean(after), "falls_by": mean(1 - after / before)}
-        for name, z in {"unguided": unguided.x_t, "guided": guided.x_t}.items():
-            ranks = judge.ranks(judge.features(in_batches(model.decode, z, device).clamp(-1, 1)), captions, names)
+        for name, z in {"unguided": free[-1].x_t, "guided": guided.x_t}.items():
+            x = in_batches(model.decode, z, device).clamp(-1, 1)
+            ranks = clip.ranks(clip.features(x), captions, names)
             out[f"caption_in_top_10_percent_{name}"] = share(ranks < 0.1 * len(names))
+            out[f"judge_in_top_10_percent_{name}"] = share(judge.right(x, captions, len(names) // 10))
     yield out
 
 
