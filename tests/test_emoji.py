@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageColor
 
 from ldm.data import emoji
-from ldm.data.emoji import Emoji, ParsedEmoji, held_out_pairs
+from ldm.data.emoji import Emoji, ParsedEmoji, held_out_names, held_out_pairs, sample_emoji
 from ldm.data.iconify import bare, draw, read_icons
 from ldm.data.regions import CLASSES, families, regions
 from ldm.util import ROOT
@@ -178,3 +178,13 @@ def test_an_item_by_name_is_any_of_its_drawings(root):
 def test_the_card_names_every_package():
     card = (ROOT / "checkpoints/tiny/README.md").read_text()
     assert all(package in card for package, *_ in emoji.STYLES.values())
+
+
+def test_the_sample_of_pairs_is_chosen_by_its_rule():
+    images, names = sample_emoji("pairs")
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    assert images.shape == (32, 3, 64, 64) and digests == sorted(digests) and int(digests[-1][:2], 16) < 36
+    known = (ROOT / "configs/tiny/names.txt").read_text().splitlines()
+    assert set(names) <= set(known) and not set(names) & set(held_out_names())
+    with pytest.raises(ValueError, match="held_out = 'styles': give 'names' or 'pairs'"):
+        sample_emoji("styles")

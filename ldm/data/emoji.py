@@ -47,7 +47,8 @@ MISNAMED = {("emojione", "cricket")}  # a bat and a ball, under the insect's nam
 HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
-SAMPLE = ROOT / "assets/emoji_held_out.png"  # by `python -m ldm.data.emoji --sample`
+# Held-out images that come with the repository, by `python -m ldm.data.emoji --sample`.
+SAMPLES = {"names": ROOT / "assets/emoji_held_out.png", "pairs": ROOT / "assets/emoji_pairs.png"}
 SAMPLE_NAMES = (
     "face holding back tears",
     "kissing face with smiling eyes",
@@ -66,6 +67,14 @@ SAMPLE_NAMES = (
     "violin",
     "volcano",
 )
+SAMPLE_PAIRS = (  # the first 32 by `write_samples`' rule
+    "fire engine", "test tube", "railway track", "arrow pointing rightwards then curving upwards", "electric torch",
+    "family: man, man, girl, boy", "metro", "lock", "no pedestrians", "left right arrow", "fireworks", "grimacing face",
+    "man student", "safety pin",
+    "clockwise rightwards and leftwards open circle arrows", "open book", "smiling cat face with heart-shaped eyes",
+    "crown", "bath", "transgender symbol", "globe with meridians", "gloves", "kiss mark", "family: man, girl", "microscope",
+    "clinking beer mugs", "grey heart", "airplane", "prayer beads", "hair pick", "genie", "clock face four oclock",
+)  # fmt: skip
 SIZE, COLUMNS = 64, 128  # of an image in pixels; of the sheet in images
 
 
@@ -134,10 +143,13 @@ class ParsedEmoji(Emoji):
         return from_uint8(self.images[i]), self.regions[i].long()
 
 
-def sample_emoji():
-    """32 held-out images: (images [32, 3, 64, 64] in [-1, 1], captions); 16 names in Noto's style, then in Fluent 3D's."""
-    images = load_image(SAMPLE).unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE)[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
-    return images, [*SAMPLE_NAMES] * 2
+def sample_emoji(held_out="names"):
+    """32 held-out images: (images [32, 3, 64, 64] in [-1, 1], captions). Of "names", 16 in Noto's style, then in Fluent 3D's; of
+    "pairs", drawings of 32 names that are known in other styles."""
+    if held_out not in SAMPLES:
+        raise ValueError(f"held_out = {held_out!r}: give 'names' or 'pairs'")
+    images = load_image(SAMPLES[held_out]).unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE)[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
+    return images, [*SAMPLE_NAMES] * 2 if held_out == "names" else [*SAMPLE_PAIRS]
 
 
 def held_out_names():
@@ -226,12 +238,16 @@ def build(root="data"):
     return folder / "emoji.npz"
 
 
-def write_sample(root="data", path=SAMPLE):
-    """The sheet that `sample_emoji` reads: four rows of eight."""
-    held_out = Emoji(root, train=False)
-    drawn = list(zip(held_out.names, held_out.styles.tolist(), strict=True))
-    images = held_out.images[[drawn.index((name, style)) for style in range(DRAWN) for name in SAMPLE_NAMES]]
-    return save_image(grid(from_uint8(images), 8, gap=0), path)
+def write_samples(root="data", paths=SAMPLES):
+    """The sheets that `sample_emoji` reads, four rows of eight. Of the pairs those without a skin tone whose names' sha256 are the
+    lowest."""
+    names, pairs = Emoji(root, train=False), Emoji(root, train=False, held_out="pairs")
+    drawn = list(zip(names.names, names.styles.tolist(), strict=True))
+    plain = [i for i, caption in enumerate(pairs.captions) if caption == pairs.names[i]]
+    first = sorted(plain, key=lambda i: hashlib.sha256(pairs.names[i].encode()).hexdigest())[:32]
+    chosen = {"names": names.images[[drawn.index((name, style)) for style in range(DRAWN) for name in SAMPLE_NAMES]],
+              "pairs": pairs.images[first]}  # fmt: skip
+    return [save_image(grid(from_uint8(images), 8, gap=0), paths[of]) for of, images in chosen.items()]
 
 
 def write_vocabulary(captions, path):
@@ -257,14 +273,14 @@ def write_vocabulary(captions, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder for emoji/")
-    parser.add_argument("--sample", action="store_true", help="also write the repository's sample of held-out images")
+    parser.add_argument("--sample", action="store_true", help="also write the repository's samples of held-out images")
     args = parser.parse_args()
     try:
         path = build(args.root)
     except (OSError, ValueError) as error:  # not fetched, another file than expected, no space left
         sys.exit(f"{args.root}/emoji was not prepared: {error}")
     if args.sample:
-        print(write_sample(args.root))
+        print(*write_samples(args.root))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     for part, options in {
         "training": {},
