@@ -163,7 +163,8 @@ def claims():
               (("digits", digits), ("emoji", emoji))}  # fmt: skip
     later = "not measured yet"
     half, gradient = ("half", 44), ("gradient", "half", 220)
-    sweep = [each(["newton"], *("half", 220), "seconds", gradient), each(["fast"], *half, "seconds", gradient)]
+    both = [each(["newton"], *("half", 220), "seconds", gradient), each(["fast"], *half, "seconds", gradient)]
+    faster = ", ".join(filter(None, both)) or later
     body = [
         ["Back-propagation through the denoiser makes sampling much slower, and it needs much more memory",
          f"peak memory of a step over plain sampling: {each(['DPS', 'newton', 'fast'], *half, 'memory', 'memory_plain')}; "
@@ -173,7 +174,7 @@ def claims():
          f"right half missing, 44 evaluations, label accuracy: {each(['fast', 'DDNM', 'MPGD', 'DiffPIR'], *half, 'accuracy')}",
          "`mnist`: `compare.py`"],
         ["Newton's approximation is faster than back-propagation",
-         f"seconds over those of gradient steps with as many inner steps (220 evaluations): {', '.join(filter(None, sweep)) or later}",
+         f"seconds over those of gradient steps with as many inner steps (220 evaluations): {faster}",
          "`mnist`: `compare.py`"],
         ["The results rival or surpass the best training-free methods, in a fraction of the time",
          "no method has a lower LPIPS than `fast` at 44 evaluations in " +
