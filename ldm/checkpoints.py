@@ -75,7 +75,7 @@ def load_model(
     dtype = torch.float32 if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.float16, torch.bfloat16 or None")
-    if (Path(source).expanduser() / "model_index.json").is_file():
+    if is_pipeline(source):
         for name, value in {"config": config, "parts": parts}.items():
             if value is not None:
                 raise ValueError(f"{name} was given, but {source} is a diffusers pipeline with its own: leave {name} out")
@@ -136,6 +136,11 @@ def unused_names(model: nn.Module) -> set[str]:
     encoder = model.cond_stage_model
     prefixes = tuple(f"cond_stage_model.{name}" for name in encoder.unused) if isinstance(encoder, TextEncoder) else ()
     return {name for name in model.state_dict() if name.startswith(prefixes)} if prefixes else set()
+
+
+def is_pipeline(source: str | Path) -> bool:
+    """Whether it is a folder that diffusers has saved a pipeline to."""
+    return (Path(source).expanduser() / "model_index.json").is_file()
 
 
 def locate(source: str | Path, config: Config | None) -> tuple[Path, Config | None]:

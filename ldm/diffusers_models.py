@@ -36,7 +36,7 @@ def unpack(context, width, pooled):
 class Pixels(PipelineModel):
     """DDPMPipeline and DDIMPipeline: an unconditional UNet2DModel on pixels; encode and decode are the identity."""
 
-    downsampling = 1
+    downsampling, conditional = 1, False
 
     def check(self):
         config = self.net.config

@@ -61,6 +61,7 @@ class PipelineModel:
     default_size = None  # of latents, where it does not stand in the network's config
     patch: int | None = None  # side of the patches of a transformer, in latent pixels
     addition: str | None = None  # a U-Net's addition_embed_type
+    conditional = True  # whether the network takes prompts
     uniform = True  # before the shift, sigma is 1, 1 - 1/steps ... 1/steps (Flux); otherwise what a flow's scheduler takes (SD3)
 
     def __init__(self, pipeline, size=None, prediction=None):

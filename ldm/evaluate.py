@@ -29,17 +29,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.checkpoints import load_model, locate, read_config
+from ldm.checkpoints import is_pipeline, load_model, locate, read_config
 from ldm.commands import option, options_help, read_options
 from ldm.comparison import LABELS, METHODS, Sampler, Task, intervals, large, run_best, step_memory, unconstrained
 from ldm.data.captions import find_captions
-from ldm.denoisers import Denoiser, LatentDenoiser
+from ldm.denoisers import Denoiser
 from ldm.images import EXTENSIONS, load_image, save_image
 from ldm.memory import expected_peak
 from ldm.metrics import alexnet_features, inception_features, lpips_weights
-from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.presets import preset_words, presets, sweep
 from ldm.problems import PROBLEMS, label, problem
+from ldm.profiles import denoiser
 from ldm.sampling import DenoiserLike
 from ldm.table import KEY, markdown, put_row, read_rows
 from ldm.util import atomic_write, resolve_path
@@ -53,7 +54,7 @@ class Settings:
     """What a row depends on, and how it is computed."""
 
     data: Path | None = option(None, "folder of images of any size; their middle square, resized to the model's size, is the truth")
-    model: str = option("tiny", "a shipped model, or the path of a .ckpt or .safetensors file")
+    model: str = option("tiny", "a shipped model, or the path of a .ckpt or .safetensors file or of a diffusers pipeline's folder")
     config: Path | None = option(None, "as of load_model: a yaml file")
     prediction: str | None = option(None, "as of load_model: eps or v")
     task: str = option("half", f"{', '.join(PROBLEMS)}; with other noise: sr4@0.05. See ldm/problems.py")
@@ -117,11 +118,11 @@ class Blocks(Dataset):
 class Evaluation(pl.LightningModule):
     """Samples `blocks`, and leaves each with its measures in `folder`. Memory is measured on the block with the image `first`."""
 
-    def __init__(self, model: DDPM, settings: Settings):
+    def __init__(self, model: Any, settings: Settings):
         super().__init__()
         self.model, self.settings = model, settings
         self.folder, self.first, self.blocks = settings.out, 0, list[list[Input]]()
-        self.latent = isinstance(model, LatentDiffusion)
+        self.latent = model.downsampling > 1
         self.shape = (model.channels, model.image_size, model.image_size)
         self.size = model.image_size * model.downsampling
         self.image_channels = 3 if self.latent else model.channels
@@ -145,10 +146,8 @@ class Evaluation(pl.LightningModule):
 
     def denoiser(self, inputs: list[Input]) -> Denoiser:
         """D with the prompts of these inputs."""
-        model, prompts = self.model, [one.prompt for one in inputs]
-        if not model.conditional:
-            return Denoiser(model.network, model.schedule, model.parameterization)
-        return LatentDenoiser(model, prompts if len(set(prompts)) > 1 else prompts[0], self.settings.guidance)
+        prompts = [one.prompt for one in inputs]
+        return denoiser(self.model, prompts if len(set(prompts)) > 1 else prompts[0], self.settings.guidance)
 
     def check(self) -> None:
         """What predict_step would find out, before it: ValueError for a task or method that does not fit."""
@@ -165,6 +164,8 @@ class Evaluation(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         """Says what is to come, if it is more than a minute: by one timed evaluation, and the same code on tensors without data."""
+        if not isinstance(self.model, torch.nn.Module):  # a pipeline, which Lightning does not move
+            self.model.pipeline.to(self.device)
         inputs, shape = self.blocks[0], (len(self.blocks[0]), *self.shape)
         images = torch.zeros(len(inputs), self.image_channels, self.size, self.size, device=self.device)
         task = self.task(images, [one.number for one in inputs], D := self.denoiser(inputs))
@@ -301,10 +302,18 @@ def read_settings(words: Sequence[str]) -> Settings:
 
 def origin(settings: Settings) -> dict[str, Any]:
     """What a folder of results is valid for, apart from the images: the settings that count, and the model's files by content."""
+    if is_pipeline(settings.model):
+        files = sorted(path for path in Path(settings.model).expanduser().rglob("*") if path.is_file())
+        return settings.that_count() | {"weights": [sha256(file) for file in files], "config": None}
     weights, config = locate(settings.model, settings.config)
     config, parts = read_config(config) if config else (None, {})
     files = [weights, *(resolve_path(part["path"]) for part in parts.values())]
     return settings.that_count() | {"weights": [sha256(file) for file in files], "config": config}
+
+
+def name_of(model: str) -> str:
+    """The model's in the table: of a file without its ending, of a folder with all dots."""
+    return Path(model).name if is_pipeline(model) else Path(model).stem
 
 
 def prepare(folder: Path, mine: dict[str, Any]) -> None:
@@ -323,15 +332,15 @@ def evaluate(settings: Settings, swept: Sequence[str] = ()) -> Path | None:
     path of the table, None on all machines but the first."""
     out = settings.out
     model = load_model(settings.model, settings.config, "cpu", PRECISIONS[settings.precision], settings.prediction)
-    if not isinstance(model, DDPM):
+    if isinstance(model, torch.nn.Module) and not isinstance(model, DDPM):
         kind = type(model).__name__
-        raise ValueError(f"model = {settings.model} is a {kind}: give a shipped diffusion model, .ckpt or .safetensors")
+        raise ValueError(f"model = {settings.model} is a {kind}: give a diffusion model, a shipped one or your own")
     evaluation = Evaluation(model, settings)
     evaluation.check()
     inputs = read_inputs(settings, evaluation.size, evaluation.image_channels)
     names = [*settings.own, *(name for name in swept if name not in (*KEY, *settings.own))]
     method = " ".join([settings.method, *(f"{name}={vars(settings)[name]}" for name in names)])
-    key = {k: asdict(settings).get(k) for k in KEY} | dict(model=Path(settings.model).stem, method=method, images=len(inputs))
+    key = {k: asdict(settings).get(k) for k in KEY} | dict(model=name_of(settings.model), method=method, images=len(inputs))
     evaluation.folder = folder = out / "-".join(str(key[k]) for k in KEY[:4]).replace(" ", "-")
     evaluation.first = inputs[0].number
     prepare(folder, origin(settings))

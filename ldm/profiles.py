@@ -140,8 +140,7 @@ def denoiser(
     model: Any, prompts: str | Sequence[str] = "", guidance: float = 1.0, negative_prompts: str | Sequence[str] | None = None
 ) -> Denoiser:
     """D of a model for prompts (one per sample, or one for all), or of an unconditional one, for which they are all empty."""
-    conditional = model.conditioning_key is not None if isinstance(model, DDPM) else KINDS[kind_of(model)].text
-    if conditional:
+    if model.conditional:
         return LatentDenoiser(model, prompts, guidance, negative_prompts)
     if any([prompts] if isinstance(prompts, str) else prompts):
         raise ValueError(f"prompts = {prompts!r}: this model is unconditional, leave them out")

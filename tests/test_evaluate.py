@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import ROOT
+from pipelines import build
 from published import built
 from torch.nn.functional import interpolate
 from torch_fidelity import feature_extractor_inceptionv3
@@ -18,6 +19,7 @@ from ldm import evaluate, metrics
 from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
 from ldm.evaluate import Settings, main, read_settings
+from ldm.export_diffusers import export
 from ldm.images import load_image, save_image
 from ldm.presets import sweep
 from ldm.table import KEY, read_rows
@@ -60,6 +62,31 @@ def test_the_row_of_a_folder_and_its_resumption(folder, tmp_path, capsys):
 
     with pytest.raises(SystemExit, match="holds results with another guidance: delete it or give another out"):
         main(settings(folder, "guidance=2"))
+
+
+def test_a_pipeline_of_diffusers_gives_the_row_of_the_same_model(folder, tmp_path, capsys):
+    """`tiny`, as we export it, with prompts; and one on pixels, which takes none."""
+    export("tiny", tmp_path / "tiny-1.5")
+    words = {model: settings(folder, f"model={model}", f"out={model}.out", "prompt=red apple", "guidance=2", "limit=2")
+             for model in ("tiny", "tiny-1.5")}  # fmt: skip
+    for model in words:
+        main(words[model])
+    ours, theirs = (row(tmp_path / f"{model}.out/evaluate.csv") for model in ("tiny", "tiny-1.5"))
+    assert theirs.pop("model") == "tiny-1.5" and ours.pop("model") == "tiny"
+    for name, value in ours.items():
+        assert theirs[name] == value or float(theirs[name]) == pytest.approx(float(value), rel=0.02, abs=0.01), name
+    main(words["tiny-1.5"])  # nothing is left to do
+    (tmp_path / "tiny-1.5/scheduler/extra.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds results with another weights"):
+        main(words["tiny-1.5"])
+
+    build("pixels").save_pretrained(tmp_path / "pixels")
+    main(settings(folder, "model=pixels", "method=DDNM", "out=pixels.out", "limit=2"))
+    assert float(row(tmp_path / "pixels.out/evaluate.csv")["residual"]) < 0.01
+    with pytest.raises(SystemExit, match="prompt = 'a cat': model = pixels takes no prompts"):
+        main(settings(folder, "model=pixels", "method=DDNM", "prompt=a cat"))
+    with pytest.raises(SystemExit, match="model = tiny-judge is a EmojiClassifier: give a diffusion model"):
+        main(settings(folder, "model=tiny-judge"))
 
 
 def test_the_cache_knows_the_content_of_images_and_weights(folder, tmp_path):
