@@ -74,8 +74,8 @@ class Profile:
     eta: float | str
     clip: str
     block: int
-    free: float  # style: part of the diffusion steps, the first ones, that are not guided; 0 in the paper
-    enough: float  # style: of the loss without guidance, the part below which a sample is not moved further; 0 in the paper
+    free: float  # style: fraction of the diffusion steps, the first ones, without guidance; 0 in the paper
+    enough: float  # style: fraction of the unguided loss at which a sample rests; 0 in the paper
 
     @property
     def parts(self) -> list[slice]:
@@ -127,7 +127,7 @@ def profile(
     check_eta(settings["eta"])
     for key in ("free", "enough"):
         if not 0 <= settings[key] < 1:
-            raise ValueError(f"{key} = {settings[key]}: give a part, from 0 to less than 1")
+            raise ValueError(f"{key} = {settings[key]}: give a fraction, from 0 to less than 1")
     if words is None:
         words = list(kind.subjects) if task == "style" and kind.text and prompts is None else [""]
     texts, seeds = samples(prompts, seeds, count, len(words) if len(words) > 1 else kind.samples)

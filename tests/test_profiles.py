@@ -73,7 +73,7 @@ def test_own_settings_are_those_of_known_kinds_and_tasks(tiny):
     own = profile(tiny, "style")
     assert (own.lr, own.free, own.enough) == tuple(OWN["tiny", "style"].values())
     assert profile(tiny, "style", free=0).free == profile(tiny, "inpainting").free == 0
-    with pytest.raises(ValueError, match="enough = 1: give a part, from 0 to less than 1"):
+    with pytest.raises(ValueError, match="enough = 1: give a fraction, from 0 to less than 1"):
         profile(tiny, "style", enough=1)
     assert all(step_lengths(own["lr"], 5) for own in OWN.values() if "lr" in own)
 
