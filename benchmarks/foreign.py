@@ -16,12 +16,11 @@ from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ldm.comparison import NO_DECODER, ONLY_MASKS, Method, is_flow
 from ldm.operators import Mask
-from ldm.sampling import CountedDenoiser, State, seeded_noise
+from ldm.sampling import CountedDenoiser, State, forward_differentiable, seeded_noise
 from ldm.schedules import CLEAN
 
 LEAST_NOISE = 1e-3  # standard deviation that stands for noise-free measurements: their formulas divide by it
@@ -50,8 +49,7 @@ def azula(kind):
         x, levels = noise.draw().flatten(1), D.schedule.levels(steps)
         times = torch.tensor([-1.0 if level is CLEAN else level.t for level in levels], dtype=torch.float64)
         for i, (t, s) in enumerate(pairwise(times)):
-            # forward-mode differentiation through a decoder needs the plain attention
-            with noise, torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
+            with noise, torch.inference_mode(False), forward_differentiable():
                 x = run.step(x, t, s).detach()
             yield State(i + 1, t.item(), x.view(shape), x.view(shape), None, D.calls)
 

@@ -5,13 +5,17 @@ is a callable x0 -> (e, residual), see ldm/constraints.py. All tensors are [B, .
 """
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ldm.linalg import max_norm, unit
 from ldm.schedules import Level, Schedule
@@ -114,7 +118,7 @@ def jvp(
     "difference": (D(x_t + h v / |v|_inf) - D(x_t)) |v|_inf / h, one evaluation of D in addition to x0 = D(x_t, t), which is
                   evaluated too unless given. The rounding error grows as 1/h, the truncation error as h.
     "forward-ad": exact, by forward-mode differentiation (torch.func.jvp); one evaluation of D at two to three times its cost.
-                  Attention runs by its plain formula meanwhile, the fused kernels have no forward derivative.
+                  See `forward_differentiable`.
     h and mode follow the arithmetic of D where they are None. No backward graph is recorded in either mode.
     """
     if h is None or mode is None:
@@ -125,9 +129,38 @@ def jvp(
         return (D(x_t + h * unit(v), t) - x0) * (max_norm(v) / h)
     if mode == "forward-ad":
         # Inference tensors cannot carry tangents, so copies are differentiated.
-        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.no_grad(), forward_differentiable():
             return torch.func.jvp(lambda x: D(x, t), (x_t.clone(),), (v.clone(),))[1]
     raise ValueError(f'mode = {mode!r}: known are "difference" and "forward-ad"')
+
+
+@contextmanager
+def forward_differentiable() -> Iterator[None]:
+    """What forward-mode differentiation of a network needs of PyTorch: attention by its plain formula, since the fused kernels
+    have no forward derivative, and for some versions (2.11 is one) contiguous tensors in group norms."""
+    with sdpa_kernel(SDPBackend.MATH), nullcontext() if _differentiates_any_group_norm() else ContiguousGroupNorms():
+        yield
+
+
+class ContiguousGroupNorms(TorchFunctionMode):
+    """Inside, group norms get contiguous tensors, of any memory format that the network has."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (F.group_norm, torch.group_norm):
+            args = (args[0].contiguous(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+@cache
+def _differentiates_any_group_norm() -> bool:
+    """Whether this PyTorch has the forward derivative of a group norm for other memory formats."""
+    with torch.inference_mode(False):
+        x = torch.arange(16.0).view(1, 4, 2, 2).contiguous(memory_format=torch.channels_last)
+        try:
+            torch.func.jvp(lambda x: F.group_norm(x, 2), (x,), (x.clone(),))
+        except RuntimeError:
+            return False
+        return True
 
 
 # ---- where a run begins

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm import sampling
 from ldm.checkpoints import load_model
 from ldm.data.emoji import sample_emoji
 from ldm.data.mnist import sample_digits
@@ -332,6 +334,32 @@ def test_forward_and_backward_products_are_adjoint(name, t, tiny):
     Jv, JTu = J.jvp(v).flatten(1).double(), J.vjp(u).flatten(1).double()
     forward, backward = (u.flatten(1) * Jv).sum(1), (JTu * v.flatten(1)).sum(1)
     assert ((forward - backward).abs() <= 1e-4 * forward.abs() + 1e-6 * u.flatten(1).norm(dim=1) * Jv.norm(dim=1)).all()
+
+
+class GroupNorms(TorchDispatchMode):
+    """Remembers of each group norm whether its tensor was contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.native_group_norm.default:
+            self.contiguous.append(args[0].is_contiguous())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["mnist", "tiny, decoded"])
+def test_group_norms_may_need_contiguous_tensors(name, tiny, monkeypatch):
+    """As in forward mode in some versions of PyTorch: the same products there, of networks that are channels-last."""
+    D, clean = network(name, tiny)
+    J, v, found = Jacobian(D, clean, 500), seeded_noise(clean.shape, range(2))(), []
+    for any_format in (sampling._differentiates_any_group_norm(), False):
+        monkeypatch.setattr(sampling, "_differentiates_any_group_norm", lambda any_format=any_format: any_format)
+        with GroupNorms() as group_norms:
+            found.append(J.jvp(v))
+        assert group_norms.contiguous and all(group_norms.contiguous) != any_format
+    assert relative(*found) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["mnist", "tiny"])
