@@ -74,7 +74,8 @@ def test_a_pipeline_of_diffusers_gives_the_row_of_the_same_model(folder, tmp_pat
     ours, theirs = (row(tmp_path / f"{model}.out/evaluate.csv") for model in ("tiny", "tiny-1.5"))
     assert theirs.pop("model") == "tiny-1.5" and ours.pop("model") == "tiny"
     for name, value in ours.items():
-        assert theirs[name] == value or float(theirs[name]) == pytest.approx(float(value), rel=0.02, abs=0.01), name
+        if not name.startswith("kid"):  # of two images it says nothing
+            assert theirs[name] == value or float(theirs[name]) == pytest.approx(float(value), rel=0.02, abs=0.01), name
     main(words["tiny-1.5"])  # nothing is left to do
     (tmp_path / "tiny-1.5/scheduler/extra.json").write_text("{}")
     with pytest.raises(SystemExit, match="holds results with another weights"):
