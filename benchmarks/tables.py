@@ -63,8 +63,8 @@ def lpips(found, method, task, budget):
 def best_of(found, family, task, budget):
     """(LPIPS, label) of the best method of a family, tuned or not."""
     methods = compare_report.LINES[f"{family}, best method and setting"][0]
-    values = [(lpips(found, m, task, budget), compare_report.LABELS[m]) for m in methods]
-    return min((v for v in values if v[0] is not None), default=(None, ""))
+    values = [(value, compare_report.LABELS[m]) for m in methods if (value := lpips(found, m, task, budget)) is not None]
+    return min(values, default=(None, ""))
 
 
 def comparison():
@@ -76,7 +76,7 @@ def comparison():
         ("**`fast`**", 44): [(lpips(tables[m], "fast", t, 44), "") for m, t in columns],
     }
     for family in ("back-propagating", "without Jacobian"):
-        values[f"best {family} method", 44] = [best_of(tables[m], family, t, 44) for m, t in columns]
+        values[f"the best method, {family}", 44] = [best_of(tables[m], family, t, 44) for m, t in columns]
     least = [min((short(row[i][0]) for row in values.values() if row[i][0] is not None), default="") for i in range(len(columns))]
     body = [
         [
@@ -135,7 +135,7 @@ def better(model):
                 if others := ahead(found, task, budget):
                     names = ", ".join(f"{compare_report.LABELS[m]} {short(v)}" for v, m in others)
                     body.append([TASKS[task], budget, short(lpips(found, "fast", task, budget)), names])
-        return lines(["task", "evaluations", "`fast`", "lower"], body)
+        return lines(["task", "evaluations", "`fast`", "lower"], body or [["none"] * 4])
 
     return build
 

@@ -73,8 +73,9 @@ def mnist_quality():
          f"{percent(q['test_digits_top_probability_at_least_0.9'])} (test digits)"],
         ["kernel distance (KID) to the test digits, in the classifier's features", kid[0], f"{kid[1]} (as many training digits)"],
         ["share of each digit, 0 to 9", ", ".join(f"{100 * s:.1f}" for s in q["share_of_each_digit"]) + " %", ""],
-        ["distance of the background from black, RMS in [-1, 1]", short(q.get("background_rms")), "0"],
     ]  # fmt: skip
+    if "background_rms" in q:
+        body.append(["distance of the background from black, RMS in [-1, 1]", short(q["background_rms"]), "0"])
     return lines(["", "samples", "real digits"], body)
 
 
