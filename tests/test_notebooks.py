@@ -4,6 +4,7 @@ import ast
 import functools
 import os
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
@@ -197,3 +198,30 @@ def test_the_loop_written_out_is_the_library_s(path, gaussian):
     state = sample(gaussian, constraint, shape, seeds, **settings, dtype=torch.float64)
     assert x.dtype == torch.float64 and torch.allclose(x, state.x_t, atol=1e-8)
     assert len(history) == 6 and torch.equal(history[-1], x)
+
+
+def test_every_image_of_the_gallery_is_one_that_its_notebook_saves(tmp_path, monkeypatch):
+    """By the command that runs notebooks anew; a cell that fails leaves the notebook as it was."""
+    command = runpy.run_path(str(ROOT / "notebooks/execute.py"))
+    for name, images in command["GALLERY"].items():
+        source = command["NOTEBOOKS"][name].read_text()
+        for asset, saved in images.items():
+            assert saved in source and (ROOT / "assets" / asset).is_file()
+    shown = {path.name for path in (ROOT / "assets").iterdir()} - {"emoji_held_out.png", "emoji_pairs.png", "mnist_test_digits.png"}
+    assert shown == {asset for images in command["GALLERY"].values() for asset in images}
+
+    execute = command["execute"]
+    monkeypatch.setitem(execute.__globals__, "ROOT", tmp_path)
+    path = tmp_path / "stable-diffusion/small.ipynb"
+    path.parent.mkdir()
+    cells = [nbformat.v4.new_code_cell("import sys\nprint('a bar', file=sys.stderr)"), nbformat.v4.new_code_cell("print(6 * 7)")]
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    execute(path)
+    first, second = code_cells(path)
+    assert first.outputs == [] and second.outputs[0].text == "42\n" and second.metadata == {} and second.execution_count == 2
+    before = path.read_text().replace("6 * 7", "6 / 0")
+    path.write_text(before)
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="division by zero"):
+        execute(path)
+    assert path.read_text() == before
