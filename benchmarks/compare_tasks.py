@@ -6,7 +6,7 @@ from tiny import Clip, Judge
 from ldm import comparison
 from ldm.checkpoints import load_model
 from ldm.comparison import Task
-from ldm.data.emoji import SHIPPED_STYLES, Emoji
+from ldm.data.emoji import FIRST_STYLES, Emoji
 from ldm.data.mnist import MNIST
 from ldm.denoisers import Denoiser, LatentDenoiser
 from ldm.images import from_uint8
@@ -54,7 +54,7 @@ class Tiny(_Model):
     features = "the tiny CLIP's 128 features, to the 219 other held-out images. Label accuracy: the category, by the judge"
 
     def __init__(self, data, n, device, tuning=False):
-        held_out, model = Emoji(data, train=False, styles=SHIPPED_STYLES), load_model(self.name, device=device)
+        held_out, model = Emoji(data, train=False, styles=FIRST_STYLES), load_model(self.name, device=device)
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
         own = order[self.most : self.most + n] if tuning else order[:n]
         self.images, self.categories = from_uint8(held_out.images[own]).to(device), [held_out.categories[i] for i in own]

@@ -31,7 +31,7 @@ from ldm.baselines import gradient_steps, mpgd
 from ldm.checkpoints import load_model
 from ldm.comparison import EvaluationCounter
 from ldm.constraints import LossConstraint
-from ldm.data.emoji import SHIPPED_STYLES, Emoji, ParsedEmoji
+from ldm.data.emoji import FIRST_STYLES, Emoji, ParsedEmoji
 from ldm.data.regions import CLASSES, by_rules
 from ldm.denoisers import LatentDenoiser
 from ldm.guidance import parsing_distance
@@ -73,7 +73,7 @@ class Measures:
         self.parsers = {"miou": by_rules, "own": load_model("tiny-parser", device=device).labels}
         self.clip = Clip(device)
         self.names = list(dict.fromkeys(Emoji(root).names))
-        self.reference = self.clip.features(from_uint8(Emoji(root, train=False, styles=SHIPPED_STYLES).images))
+        self.reference = self.clip.features(from_uint8(Emoji(root, train=False, styles=FIRST_STYLES).images))
 
     def __call__(self, images, targets):
         """{measure: text} of images [n, ...], of the first n targets, with intervals over the images, and their median rank."""
@@ -116,7 +116,7 @@ def table(rows, n):
     lines = [f"# Guidance by a map of labels, {n} prompts", "",
              "Mean [95 % bootstrap interval over the images]. Evaluations: of the network, per image, forward + backward. Decoder: "
              "backward passes of decoder and parser. Seconds: of the CPU, or a GPU's wall time. KID: in the tiny CLIP's features, "
-             "to the held-out images in the two styles that `tiny` knows.", "",
+             "to the held-out names in the first two styles.", "",
              "| method | step | evaluations | decoder | s per image | " + " | ".join(MEASURES.values()) + " | median rank |",
              "|" + "---|" * (6 + len(MEASURES))]  # fmt: skip
     for (name, value), row in rows.items():

@@ -30,7 +30,7 @@ from ldm.checkpoints import load_model
 from ldm.clip import load_clip_vision
 from ldm.comparison import step_memory
 from ldm.constraints import DecodedConstraint, EncoderConstraint, LossConstraint, latent_inpainting
-from ldm.data.emoji import SHIPPED_STYLES, Emoji
+from ldm.data.emoji import FIRST_STYLES, Emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.fast_sampler import fast_sampler
 from ldm.guidance import gram_distance
@@ -166,7 +166,7 @@ def main():
     args = parser.parse_args()
     device = resolve_device(args.device)
     model = load_model(args.model, device=device)
-    held_out, train = (Emoji(args.data, train=part, styles=SHIPPED_STYLES) for part in (False, True))
+    held_out, train = (Emoji(args.data, train=part, styles=FIRST_STYLES) for part in (False, True))
     order = torch.randperm(len(first_of_each(held_out)), generator=torch.Generator().manual_seed(0))
     images = from_uint8(held_out.images[torch.tensor(first_of_each(held_out))[order]]).to(device)
     names = list(dict.fromkeys(train.names))

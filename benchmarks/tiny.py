@@ -7,12 +7,10 @@ Measures the autoencoder's reconstruction, CLIP's retrieval, the judge's and the
 generated images in two ways: by that CLIP, whose text tower guided them (rank of the right caption among those of all training
 names, and kernel distance, KID, in its image features), and by the judge, which had no part in them (right name among its first
 five, KID in its features). Needs the captioned images (make data-emoji) and, for LPIPS, AlexNet's weights (make data-lpips). Writes
-quality.json, where parts that are not measured keep their figures, the sheets of samples and, from the logs in --out/training, the
-figure training.png.
+quality.json, where parts that are not measured keep their figures, and the sheets of samples.
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.checkpoints import load_model
-from ldm.data.emoji import SHIPPED_STYLES, Emoji, ParsedEmoji, sample_emoji
+from ldm.data.emoji import FIRST_STYLES, Emoji, ParsedEmoji, sample_emoji
 from ldm.data.regions import CLASSES, by_rules
 from ldm.denoisers import LatentDenoiser
 from ldm.images import from_uint8
@@ -153,44 +151,19 @@ def draw_sheet(images, captions, path):
     plt.close(fig)
 
 
-def draw_training(folder, path):
-    """Loss, validation and learning rate of every training whose log lies in the folder."""
-    names = ("autoencoder", "decoder", "clip", "unet", "flow")
-    logs = [folder / f"{name}.csv" for name in names if (folder / f"{name}.csv").is_file()]
-    fig, axes = plt.subplots(2, len(logs), figsize=(3.2 * len(logs), 4.4), layout="constrained", squeeze=False, sharex="col",
-                             height_ratios=(3, 1))  # fmt: skip
-    for (ax, below), log in zip(axes.T, logs, strict=True):
-        with open(log, newline="") as file:
-            rows = list(csv.DictReader(file))
-        dots = dict(marker="o", ms=3, color="tab:orange")
-        for name, style in {"loss": dict(lw=0.7, alpha=0.7), "val_loss": dots, "val_psnr": dots}.items():
-            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            if points:
-                on = ax if "loss" in name else ax.twinx()
-                on.plot(*zip(*points, strict=True), **style)
-                on.set_ylabel("validation PSNR, dB" if on is not ax else "")
-        ax.set_yscale("log")
-        ax.set_title(f"{log.stem}: loss", fontsize=9)
-        points = [(int(row["step"]), float(row["lr-AdamW"])) for row in rows if row.get("lr-AdamW")]
-        below.plot(*zip(*points, strict=True), color="tab:green")
-        below.set(xlabel="step", ylabel="learning rate")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
 def measure_autoencoder(args, device):
     """Both held-out sets in all styles, the held-out names in the styles of the shipped models' training, and the sample."""
     config = None if args.autoencoder == "tiny-autoencoder" else ROOT / "configs/tiny/autoencoder.yaml"
     autoencoder = load_model(args.autoencoder, config, device=device)
     sets = {key: from_uint8(Emoji(args.data, train=False, **options).images) for key, options in
-            {"names": {}, "pairs": {"held_out": "pairs"}, "held_out": {"styles": SHIPPED_STYLES}}.items()}  # fmt: skip
+            {"names": {}, "pairs": {"held_out": "pairs"}, "held_out": {"styles": FIRST_STYLES}}.items()}  # fmt: skip
     sets["sample"] = sample_emoji()[0]
     return {key: reconstruction(autoencoder, images, device) | {"moved_by_5_percent": smoothness(autoencoder, images, device)}
             for key, images in sets.items()}  # fmt: skip
 
 
 def measure_clip(args, device):
-    sets = {key: Emoji(args.data, train=key == "training", styles=SHIPPED_STYLES) for key in ("held_out", "training")}
+    sets = {key: Emoji(args.data, train=key == "training", styles=FIRST_STYLES) for key in ("held_out", "training")}
     return {key: retrieval(Clip(device), from_uint8(data.images), data.names) for key, data in sets.items()}
 
 
@@ -225,7 +198,7 @@ def measure_parsers(args, device):
 
 def measure_generation(args, device):
     """One image of each of the first captions in a random order of the training names, so without skin tones."""
-    train, held_out = (Emoji(args.data, train=part, styles=SHIPPED_STYLES) for part in (True, False))
+    train, held_out = (Emoji(args.data, train=part, styles=FIRST_STYLES) for part in (True, False))
     pairs = Emoji(args.data, train=False, held_out="pairs")
     clip, judge = Clip(device), Judge(device)
     names = list(dict.fromkeys(train.names))
@@ -293,8 +266,6 @@ def main():
     for part in args.parts:
         quality[part] = PARTS[part](args, resolve_device(args.device))
         path.write_text(json.dumps(quality, indent=2) + "\n")
-    if (args.out / "training").is_dir():
-        draw_training(args.out / "training", args.out / "training.png")
     print(json.dumps(quality, indent=2))
 
 

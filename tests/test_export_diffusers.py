@@ -10,7 +10,7 @@ from common import ROOT, randomised
 
 from ldm.checkpoints import load_model
 from ldm.constraints import DecodedConstraint, EncoderConstraint, latent_inpainting
-from ldm.data.emoji import SHIPPED_STYLES, Emoji, sample_emoji
+from ldm.data.emoji import FIRST_STYLES, Emoji, sample_emoji
 from ldm.denoisers import LatentDenoiser
 from ldm.diffusers_models import PipelineModel, from_diffusers
 from ldm.export_diffusers import autoencoder_state, export, main, text_encoder_state, to_pipeline
@@ -187,7 +187,7 @@ def test_flow_inpainting_keeps_the_known_region(number, way):
         root = ROOT / "data"
         if not (root / "emoji/emoji.npz").is_file():
             pytest.skip("the whole held-out set is not here: make data-emoji")
-        images = from_uint8(Emoji(root, train=False, styles=SHIPPED_STYLES).images[::5][:number])
+        images = from_uint8(Emoji(root, train=False, styles=FIRST_STYLES).images[::5][:number])
     model, A = load_model("tiny-flow", device="cpu"), Mask(make_mask("right", (64, 64)))
     D, shape = LatentDenoiser(model, ""), (number, 4, 16, 16)
     if way == "pixels":

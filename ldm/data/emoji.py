@@ -42,7 +42,7 @@ STYLES = {  # npm's name, file, sha256; in the order of Emoji.styles. Licences a
                  "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
 }  # fmt: skip
 DRAWN = 2  # the first of the styles that come as SVG
-SHIPPED_STYLES = ("noto", "fluent")
+FIRST_STYLES = ("noto", "fluent")  # those of CLIP's training
 MISNAMED = {("emojione", "cricket")}  # a bat and a ball, under the insect's name
 HELD_OUT = ROOT / "configs/tiny/held_out_names.txt"
 LEFT_OUT = {"Flags", "Component", "keycap", "alphanum"}  # categories and subcategories: flags, letters, colour swatches
@@ -86,7 +86,7 @@ class Emoji(Captioned):
               drawings of known names that `held_out_pairs` chooses
     by_name   an item is a name, and every look at it draws one of its images: otherwise people in all skin tones are half
               of the images, though a fifth of the names
-    styles    names out of STYLES, only these; None: all. The shipped models' training had ("noto", "fluent"), SHIPPED_STYLES
+    styles    names out of STYLES, only these; None: all
     `names[i]` is the caption of image i without the skin tone, `styles[i]` the place of its style in STYLES, `categories[i]` its
     group in Unicode's list, such as "Food & Drink".
     """
