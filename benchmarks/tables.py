@@ -179,7 +179,7 @@ def claims():
         ["The results rival or surpass the best training-free methods, in a fraction of the time",
          "no method has a lower LPIPS than `fast` at 44 evaluations in " +
          " and ".join(f"{len(tasks)} of {len(TASKS)} tasks of the {name}" for name, tasks in lowest.items()),
-         "`mnist`, `tiny`: `compare.py`, which names the others"],
+         "`mnist`, `tiny` (former weights): `compare.py`, which names the others"],
         ["It works for linear constraints, inpainting and super-resolution",
          "RMSE of what was measured, in [-1, 1], the paper's loop: " +
          ("; ".join(f"{TASKS[t]} {short(digits['newton', t, 220]['residual'])}" for t in PER_TASK if ("newton", t, 220) in digits)
