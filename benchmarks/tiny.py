@@ -152,7 +152,7 @@ def draw_sheet(images, captions, path):
 
 
 def measure_autoencoder(args, device):
-    """Both held-out sets in all styles, the held-out names in the styles of the shipped models' training, and the sample."""
+    """Both held-out sets in all styles, the held-out names in the first two styles, and the sample."""
     config = None if args.autoencoder == "tiny-autoencoder" else ROOT / "configs/tiny/autoencoder.yaml"
     autoencoder = load_model(args.autoencoder, config, device=device)
     sets = {key: from_uint8(Emoji(args.data, train=False, **options).images) for key, options in

@@ -37,10 +37,8 @@ GALLERY = {
 
 def small(png):
     """A png in base64, in 256 colours if that is smaller."""
-    file = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        file, "png", optimize=True
-    )
+    image, file = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
     return min(base64.b64encode(file.getvalue()).decode(), png, key=len)
 
 
