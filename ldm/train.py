@@ -25,12 +25,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor, WeightAveraging
 from pytorch_lightning.loggers import CSVLogger
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ldm.commands import check_keys, override
-from ldm.util import instantiate_from_config, load_config, moved, resolve_path
+from ldm.util import instantiate_from_config, load_config, moved, resolve_device, resolve_path
 from ldm.weights import load_parts, save_weights
 
 KEYS = "model data training trainer parts init begin batch_size num_workers checkpoint_every ema".split()  # of a config
@@ -141,6 +142,8 @@ def train(config, run, resume=True):
         load_parts(model, parts | init)
     task = instantiate_from_config(config["training"], model=model)
     task.sets, task.cache = tuple(sets), run.parent / "encoded"
+    if config["trainer"].get("accelerator") != "cpu":
+        task.to(resolve_device("auto"))  # what is computed from the data in advance
     dataset, *held_out = [task.prepare(part, i == 0) for i, part in enumerate([dataset, *held_out])]
     last, start = run / "last.ckpt" if resume else None, 0
     if last is None or not last.exists():
@@ -150,7 +153,9 @@ def train(config, run, resume=True):
         print(f"resuming from {last}, step {start} (--fresh starts anew)")
         start *= config["trainer"].get("accumulate_grad_batches", 1)  # steps -> batches
     callbacks = [
-        EMAWeightAveraging(decay=config.get("ema", 0.999)),
+        # Not Lightning's EMAWeightAveraging: one parameter after the other would take a GPU longer than the step itself. Buffers are
+        # copied, not averaged: a text encoder's mask holds -inf.
+        WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(config.get("ema", 0.999))),
         LearningRateMonitor("step"),
         Checkpoints(run / "last.ckpt", config.get("checkpoint_every", 250)),
     ]
@@ -163,7 +168,7 @@ def train(config, run, resume=True):
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
     val = [DataLoader(part, min(batch_size, len(part)), num_workers=workers, drop_last=True) for part in held_out]
     trainer.fit(task, loader, val, ckpt_path=last, weights_only=True)
-    # EMAWeightAveraging has copied the averaged weights into the model by now.
+    # WeightAveraging has copied the averaged weights into the model by now.
     weights = run / "weights.safetensors"
     if trainer.is_global_zero:
         save_weights(task.model, weights, torch.float16, without=parts)

@@ -164,14 +164,14 @@ class TextToImageTraining(DiffusionTraining):
         """The encoded dataset, from the cache if it has been encoded before. The training set's latents set the scale_factor that
         brings them to unit variance, unless the model has begun with another one's."""
         model = self.model
-        encode = lambda x: model.first_stage_model.encode(x).mode()  # noqa: E731
+        encode = lambda x: model.first_stage_model.encode(x.to(self.device)).mode()  # noqa: E731
         file = None
         if self.cache is not None:
             file = self.cache / f"{fingerprint(dataset, model.first_stage_model, model.cond_stage_model)}.safetensors"
         encoded = Encoded(dataset, encode, model.encode_prompts, mirrored=train, file=file)
         if train and self.model.scale_factor == 1:
             self.model.scale_factor.fill_(1 / encoded.latents.float().std())
-        encoded.latents *= self.model.scale_factor
+        encoded.latents *= float(self.model.scale_factor)
         with torch.no_grad():
             self.empty = self.model.encode_prompts("")
         return encoded
