@@ -1,7 +1,8 @@
 """Every method of constrained sampling on the same network, images and seeds: quality against cost.
 
     python benchmarks/compare.py [--models mnist tiny tiny-flow] [--tasks half hole ...] [--methods newton fast ...]
-                                 [--budgets 20 44 100 220 1000] [--images 256] [--compile] [--quick]
+                                 [--budgets 20 44 100 220 1000] [--images 256] [--workers 1] [--compile] [--quick]
+    python benchmarks/compare.py --seconds 8 [--models ...]
 
 Tasks: right half missing, centre hole, brush strokes, 90 % of the pixels missing, x4 super-resolution, blur with noise of
 sigma_y = 0.05. A budget is a number of network evaluations, a backward pass counted as one more; METHODS in ldm/comparison.py and
@@ -9,17 +10,24 @@ OTHERS in benchmarks/foreign.py (other people's implementations: azula, deepinv)
 the best of twelve on other images instead, where compare_tune.py has searched.
 
 Appends one row per (model, task, method, budget, images) to --out/compare.csv and skips rows that are there, so that an
-interrupted run goes on and a deleted line is made anew; what was sampled is kept in outputs/compare/ for paired differences. Then
-writes compare-MODEL.md, compare-MODEL.png (quality against seconds) and compare-MODEL-ranking.png (at 44 evaluations); of rows that
-differ in the number of images only, those of the most images. --quick: 4 images, two tasks, two budgets, into
-outputs/compare-quick. --report: only write what follows from the rows. --models tiny and tiny-flow need the captioned images
-(make data-emoji), mnist the MNIST data.
+interrupted run goes on and a deleted line is made anew; each image's measures are kept in outputs/compare/ for paired differences.
+Then writes compare-MODEL.md, compare-MODEL.png (quality against evaluations), compare-MODEL-seconds.png and
+compare-MODEL-ranking.png (at 44 evaluations); of rows that differ in the number of images only, those of the most images. Rows are
+made in the order of --budgets. --workers: so many processes share them, which pays on a GPU that one small network leaves idle.
+--quick: 4 images, two tasks, two budgets, into outputs/compare-quick. --report: only write what follows from the rows. --models
+tiny and tiny-flow need the captioned images (make data-emoji), mnist the MNIST data.
 
-Every number has a 95 % bootstrap interval over the images. Seconds are the process's CPU seconds per image (on a GPU: wall). Memory
-is the peak of one diffusion step, per image, measured once for each method and task.
+Every number has a 95 % bootstrap interval over the images. Memory is the peak of one diffusion step, per image, measured once for
+each method and task. Seconds are the process's CPU seconds per image (on a GPU: wall). Several workers on a GPU slow each other,
+and leave them empty: --seconds fills them in, on whatever machine it runs on, from so many images at 44 evaluations, times the
+evaluations of the row over those of that run.
 """
 
 import argparse
+import subprocess
+import sys
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import compare_tune
@@ -30,7 +38,7 @@ from compare_tasks import MODELS, TASKS
 from tqdm import tqdm
 
 from ldm.comparison import METHODS, intervals, run, step_memory, unconstrained
-from ldm.table import append_row, in_table, read_rows
+from ldm.table import append_row, evaluations, in_table, put_row, read_rows
 from ldm.util import resolve_device
 
 ALL_METHODS = [*METHODS, *foreign.OTHERS, *compare_tune.LABELS]
@@ -47,8 +55,58 @@ def memory(path, key, task, chosen, device):
 
 
 def file_of(kept, key):
-    """Where the samples of a row are kept."""
+    """Where the measures of a row's images are kept."""
     return kept / "{model}-{images}-{task}-{method}-{budget}.pt".format(**key)
+
+
+# ---- several processes
+
+
+def claimed(file):
+    """Whether this process is the first one to ask for the row that is kept in `file`."""
+    try:
+        file.with_suffix(".taken").open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path):
+    """Between processes, one after the other."""
+    import fcntl  # not on Windows, where --workers 1 runs
+
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def work(path, kept, key, make):
+    """Make a row as one of several workers, unless it is another's. Returns whether it did not fail."""
+    if not claimed(file_of(kept, key)):
+        return True
+    try:
+        row = make()
+    except Exception:  # a method that makes NaN of a task leaves its row out, and the others go on
+        print(key, traceback.format_exc(), file=sys.stderr, flush=True)
+        return False
+    with locked(path):
+        append_row(path, row)
+    return True
+
+
+def fill_seconds(path, model, name, callables, args, device):
+    """Write the seconds of this model's rows that lack them; `model` has the images to measure them with."""
+    lacking = [row for row in read_rows(path) if row["model"] == name and not row["seconds"]]
+    for task_name, method in (bar := tqdm(dict.fromkeys((row["task"], row["method"]) for row in lacking), desc=name)):
+        bar.set_description(f"{task_name}, {method}")
+        task = model.task(task_name)
+        chosen = next(filter(None, (callables[method](budget, task) for budget in (44, 20, 100, 220))))
+        _, costs = run(task, *chosen, args.batch, device)
+        each = costs["seconds"] / (costs["nfe_forward"] + costs["nfe_backward"])
+        for row in lacking:
+            if (row["task"], row["method"]) == (task_name, method):
+                put_row(path, row | dict(seconds=each * evaluations(row)))
 
 
 def main(argv=None):
@@ -59,6 +117,9 @@ def main(argv=None):
     parser.add_argument("--budgets", nargs="+", type=int, default=[20, 44, 100, 220], help="network evaluations, 20 to 1000")
     parser.add_argument("--images", type=int, help="how many (mnist: 256, at most 1000; tiny, tiny-flow: 128, at most 128)")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the rows")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
+    parser.add_argument("--seconds", type=int, metavar="N", help="fill in seconds that are missing, from N images")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="sample nothing")
     parser.add_argument("--compile", action="store_true", help="the network, by torch.compile")
@@ -85,16 +146,25 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     path, kept = args.out / "compare.csv", Path("outputs") / args.out.name.replace("results", "compare")
     kept.mkdir(parents=True, exist_ok=True)
+    if args.workers > 1 and not args.worker:
+        for file in kept.glob("*.taken"):
+            file.unlink()
+        command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--worker"]
+        failed = [process.wait() for process in [subprocess.Popen(command) for _ in range(args.workers)]]
+        print(f"{args.workers} workers have ended; rows that failed: {sum(failed)}")
+        args.report = True
+    failed = 0
     for name in args.models:
-        model = MODELS[name](args.data, args.images or MODELS[name].usual, device)
+        model = MODELS[name](args.data, args.seconds or args.images or MODELS[name].usual, device)
         if args.compile:
             # one compilation for each batch, and with or without gradients, inference mode, azula's and deepinv's modes ...
             torch._dynamo.config.recompile_limit = 64
             model.D.compile()
         callables = METHODS | foreign.OTHERS | compare_tune.tuned(args.out / compare_tune.FILE, name)
-        jobs = [] if args.report else [(t, m, b) for b in sorted(args.budgets) for t in args.tasks for m in methods]
-        bar = tqdm(jobs, desc=name)
-        for task_name, method, budget in bar:
+        if args.seconds:
+            fill_seconds(path, model, name, callables, args, device)
+        jobs = [] if args.report or args.seconds else [(b, t, m) for b in args.budgets for t in args.tasks for m in methods]
+        for budget, task_name, method in (bar := tqdm(jobs, desc=name, disable=args.worker)):
             key = dict(model=name, task=task_name, method=method, budget=budget, images=len(model.images))
             if in_table(path, key):
                 continue
@@ -102,13 +172,25 @@ def main(argv=None):
             chosen = callables[method](budget, task)
             if chosen is None:
                 continue
+
+            def make(key=key, task=task, chosen=chosen):
+                x, costs = run(task, *chosen, args.batch, device, bar)
+                if args.worker and device.type == "cuda":
+                    costs["seconds"] = None
+                costs |= memory(path, key, task, chosen, device)
+                values = model.measure(x, task)
+                torch.save(values | dict(features=values["features"].half()), file_of(kept, key))
+                return key | costs | intervals(values, model.reference)
+
             bar.set_description(f"{task_name}, {method}, {budget}")
-            x, costs = run(task, *chosen, args.batch, device, bar)
-            costs |= memory(path, key, task, chosen, device)
-            values = model.measure(x, task)
-            torch.save(dict(x=x.cpu(), **values), file_of(kept, key))
-            append_row(path, key | costs | intervals(values, model.reference))
-        report(read_rows(path), name, model, args.out, lambda key: file_of(kept, key))
+            if args.worker:
+                failed += not work(path, kept, key, make)
+            else:
+                append_row(path, make())
+        if not args.worker:
+            rows = read_rows(path)
+            report(rows, name, model, args.out, lambda key: file_of(kept, key))
+    sys.exit(min(failed, 99)) if args.worker else None
 
 
 if __name__ == "__main__":

@@ -51,15 +51,21 @@ def plain(method):
     return method.removesuffix("-tuned")
 
 
+def seconds(row):
+    """NaN where they have not been measured."""
+    return float(row["seconds"] or "nan")
+
+
 def report(rows, name, model, out, file_of):
-    """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its samples, for paired differences."""
+    """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its images' measures, for paired differences."""
     rows = _most_images([row for row in rows if row["model"] == name])
     if not rows:
         return
     text = "\n".join(markdown(rows, name, model.features, LABELS) + differences(rows, model, file_of)) + "\n"
     (out / f"compare-{name}.md").write_text(text)
     curves(rows, out / f"compare-{name}.png", "evaluations")
-    curves(rows, out / f"compare-{name}-seconds.png", "seconds")
+    if any(row["seconds"] for row in rows):
+        curves(rows, out / f"compare-{name}-seconds.png", "seconds")
     ranking(rows, out / f"compare-{name}-ranking.png")
     print(text)
 
@@ -84,8 +90,8 @@ def differences(rows, model, file_of):
     pairs = []
     for a in (r for r in ours if r["budget"] == "44"):
         for method in BACK_PROPAGATING:
-            theirs = sorted(of(a["task"], lambda r, m=method: r["method"] == m), key=lambda r: float(r["seconds"]))
-            equal = [r for r in theirs if float(r["seconds"]) >= 0.85 * float(a["seconds"])][:1]
+            theirs = sorted(of(a["task"], lambda r, m=method: r["method"] == m), key=evaluations)
+            equal = [r for r in theirs if seconds(r) >= 0.85 * seconds(a)][:1]
             pairs += [(a, b) for b in (equal + theirs[-1:] if equal != theirs[-1:] else equal)]
     note = ("Each method at equal time (its cheapest row that takes at least .85 times as long as fast at 44 evaluations: "
             "so much do times vary from run to run) and its dearest row.")  # fmt: skip
@@ -98,13 +104,13 @@ def _differences(title, note, pairs, measures, model, file_of):
         if not all(file_of(row).is_file() for row in (a, b)):
             continue
         ours, theirs = (torch.load(file_of(row), weights_only=True) for row in (a, b))
-        n = min(len(ours["x"]), len(theirs["x"]))
+        n = min(len(ours["residual"]), len(theirs["residual"]))
         cells = []
         for m in measures:
             middle, (low, high) = _difference(ours, theirs, m, n, model.reference)
             worse, better = (low > 0, high < 0) if m in LOWER_IS_BETTER else (high < 0, low > 0)
             cells.append(f"{middle:+.3g} [{low:+.3g}, {high:+.3g}]{' worse' if worse else ' better' if better else ''}")
-        costs = [f"{evaluations(r):.0f}, {float(r['seconds']):.3f} s" for r in (a, b)]
+        costs = [f"{evaluations(r):.0f}, {seconds(r):.3f} s" for r in (a, b)]
         lines.append(f"| {TASKS[a['task']]} | {costs[0]} | {LABELS[b['method']]}: {costs[1]} | {n} | {' | '.join(cells)} |")
     if not lines:
         return []
@@ -114,7 +120,7 @@ def _differences(title, note, pairs, measures, model, file_of):
 def _difference(ours, theirs, measure, n, reference):
     draws = bootstrap(n)
     if measure == "kid":
-        a, b = (kernel_parts(values["features"][:n], reference) for values in (ours, theirs))
+        a, b = (kernel_parts(values["features"][:n].float(), reference) for values in (ours, theirs))
         return kid(a) - kid(b), interval(torch.tensor([kid(a, i) - kid(b, i) for i in draws[:200]]))
     d = (ours[measure][:n] - theirs[measure][:n]).double()
     return d.mean().item(), interval(d[draws].mean(1))
@@ -200,7 +206,7 @@ def curves(rows, path, against):
                 ax.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
         _log_axis(ax.xaxis)
         values = [value for line in ax.lines for value in line.get_ydata()]
-        if max(values) > 5 * min(values) > 0:
+        if values and max(values) > 5 * min(values) > 0:
             _log_axis(ax.yaxis)
         ax.set_title(TASKS[task], fontsize=11, fontweight="bold")
         ax.grid(alpha=0.25, lw=0.5)
@@ -228,7 +234,8 @@ def curves(rows, path, against):
 def _curves_of(rows, measure, against):
     """{label: (style, [(cost, value, low, high) of each budget, cheapest first])} of the rows of one task."""
     found, best = {}, min if measure in LOWER_IS_BETTER else max
-    cost = evaluations if against == "evaluations" else lambda row: float(row["seconds"])
+    cost = evaluations if against == "evaluations" else seconds
+    rows = [row for row in rows if cost(row) == cost(row)]  # no NaN
     for label, (methods, style) in LINES.items():
         own = [row for row in rows if row["method"] in methods]
         budgets = [[row for row in own if row["budget"] == budget] for budget in {row["budget"] for row in own}]

@@ -75,7 +75,7 @@ def markdown(rows: Sequence[Row], title: str, features: str, labels: Mapping[str
             backward = f" + {float(row['nfe_backward']):.0f}" if float(row["nfe_backward"]) else ""
             memory, without = (float(row[k] or "nan") for k in ("memory", "memory_plain"))
             cells = [labels.get(row["method"], row["method"]), row["images"],
-                     f"{float(row['nfe_forward']):.0f}{backward}", f"{float(row['seconds']):.3f}",
+                     f"{float(row['nfe_forward']):.0f}{backward}", row["seconds"] and f"{float(row['seconds']):.3f}",
                      f"{memory:.2f} (x {memory / without:.2f})"]  # fmt: skip
             cells += [_with_interval(row, m) for m in measures]
             lines.append("| " + " | ".join(cells) + " |")
