@@ -1,13 +1,14 @@
 """What the notebooks take with a model as large as Stable Diffusion v1: work, memory, and whether they reach their end.
 
     python benchmarks/notebook_costs.py                 writes results/notebooks.csv, prints the table of benchmarks/README.md
-    python benchmarks/notebook_costs.py --run [NAME ...] [--size 256]    two diffusion steps; adds rows to results/notebooks-run.csv
+    python benchmarks/notebook_costs.py --run [NAME ...] [--size 256] [--device cuda]
+                                                        two diffusion steps; adds rows to results/notebooks-run.csv
 
 The first runs every cell of a notebook with its defaults, but with stand-ins for U-Net, encoder and decoder that cost nothing, and
 counts what goes through them. These counts times the FLOP of one sample at 512x512, over an assumed speed, are the seconds. The
 memory is `ldm.memory.expected_peak` of the largest batch that was seen. Both are estimates: CLIP's arithmetic and what a GPU takes
 for itself are left out. The second runs them at full width with random weights, each in a process of its own, whose memory and
-seconds of the processor are measured.
+seconds are measured: on a CPU the resident memory and the processor's time, on a GPU what torch reserved there and the clock.
 """
 
 import argparse
@@ -179,14 +180,14 @@ def counting(parts, cheap):
             cls.forward = forward
 
 
-def run(name, given, folder, cheap, size=512, **scale):
+def run(name, given, folder, cheap, size=512, device="cpu", **scale):
     """(number of samples, what `counting` gives) of a run to its end on a model that `checkpoint` wrote."""
     cwd, given = Path.cwd(), dict(given)
     profiles.KINDS["sd-v1"] = dataclasses.replace(profiles.KINDS["sd-v1"], clip=given.pop("clip"))
     os.chdir(NOTEBOOKS[name].parent)
     try:
         with counting(parts_of(without_data(name, size, **scale)), cheap) as counts:
-            names = run_cells(NOTEBOOKS[name], **given, device="cpu", out=f"{folder}/out")
+            names = run_cells(NOTEBOOKS[name], **given, device=device, out=f"{folder}/out")
     finally:
         os.chdir(cwd)
     if not Path(folder, "out/summary.txt").is_file() or not any(Path(folder, "out").rglob("*.png")):
@@ -267,21 +268,26 @@ def table(rows):
 # ---- the run at full width
 
 
-def measure(name, given, folder, size, dtype):
+def measure(name, given, folder, size, dtype, device):
     """A row of results/notebooks-run.csv; in a process that has done nothing else."""
-    start = time.process_time()
-    samples, total, most = run(name, given | {"dtype": dtype}, folder, False, size, **FULL)
-    seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"notebook": name, "size": size, "dtype": dtype, "samples": samples, "evaluations": total["U-Net", False],
-            "with backward": total["U-Net", True], "seconds": round(seconds), "GiB": f"{peak:.1f}",
+    cuda = device != "cpu"
+    clock = time.perf_counter if cuda else time.process_time
+    start = clock()
+    samples, total, most = run(name, given | {"dtype": dtype}, folder, False, size, device, **FULL)
+    seconds = clock() - start
+    peak = torch.cuda.max_memory_reserved() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"notebook": name, "device": torch.cuda.get_device_name() if cuda else "CPU", "size": size, "dtype": dtype,
+            "samples": samples, "evaluations": total["U-Net", False], "with backward": total["U-Net", True],
+            "seconds": round(seconds), "GiB": f"{peak:.1f}",
             "expected GiB": f"{gibibytes(name, most, size, getattr(torch, dtype)):.1f}"}  # fmt: skip
 
 
-def measured(name, models, size=512, dtype="float32"):
+def measured(name, models, size=512, dtype="float32", device="cpu"):
     """`measure` of the shortest run, TWO_STEPS. models: the folder of checkpoints."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool, tempfile.TemporaryDirectory() as folder:
         given = pool.apply(checkpoint, (name, models, size), FULL) | TWO_STEPS[name]
-        return pool.apply(measure, (name, given | dict(mode="difference"), folder, size, dtype))  # forward mode is slow on a CPU
+        given |= dict(mode="difference") if device == "cpu" else {}  # forward mode is slow on a CPU
+        return pool.apply(measure, (name, given, folder, size, dtype, device))
 
 
 def read(path):
@@ -304,6 +310,7 @@ def main():
     parser.add_argument("--run", action="store_true", help="at full width, with two diffusion steps")
     parser.add_argument("--size", type=int, default=512, help="of --run: side of the images in pixels, 256 or 512")
     parser.add_argument("--dtype", default="float32", help="of --run: of the weights")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of --run")
     parser.add_argument("--models", help="of --run: the folder to keep the random checkpoints in, one for each size")
     args = parser.parse_args()
     if unknown := set(args.names) - set(NOTEBOOKS):
@@ -312,9 +319,9 @@ def main():
     work = None if args.run else flop()
     with tempfile.TemporaryDirectory() as models:
         for name in args.names or NOTEBOOKS:
-            row = measured(name, args.models or models, args.size, args.dtype) if args.run else estimate(name, work)
+            row = measured(name, args.models or models, args.size, args.dtype, args.device) if args.run else estimate(name, work)
             print(row, file=sys.stderr, flush=True)
-            key = [column for column in ("notebook", "size", "dtype") if column in row]
+            key = [column for column in ("notebook", "device", "size", "dtype") if column in row]
             others = [other for other in read(path) if any(other[column] != str(row[column]) for column in key)]
             write(path, sorted([*others, row], key=lambda row: [*NOTEBOOKS].index(row["notebook"])))
     if not args.run:

@@ -5,8 +5,8 @@
 A config has four parts: `model` (the network), `data` (a Dataset with the argument `train`; under `validation` the names and
 further arguments of its held-out sets), `training` (a task of ldm/training.py) and `trainer` (the arguments of Lightning's Trainer:
 devices, max_steps, max_time ...). It may have `parts`, the files of those parts of the model that were trained before, `init`, the
-weights to start from, and `begin`, another run's checkpoint to go on from. The command line sets any value; text stays text,
-whatever is in it:
+weights to start from, and `begin`, another run's checkpoint to go on from. `compile: true` compiles the network, which takes a
+minute and pays on a GPU. The command line sets any value; text stays text, whatever is in it:
 
     trainer.max_time=00:01:00:00   a time budget of an hour, after which it saves and ends
     init=checkpoints/tiny/unet.safetensors                   fine-tuning
@@ -34,7 +34,7 @@ from ldm.commands import check_keys, override
 from ldm.util import instantiate_from_config, load_config, moved, resolve_device, resolve_path
 from ldm.weights import load_parts, save_weights
 
-KEYS = "model data training trainer parts init begin batch_size num_workers checkpoint_every ema".split()  # of a config
+KEYS = "model data training trainer parts init begin batch_size num_workers checkpoint_every ema compile".split()  # of a config
 # Configs of version 0.1 name the tasks as ldm.train.DiffusionTraining ...
 __getattr__ = moved(
     "ldm.train",
@@ -136,6 +136,8 @@ def train(config, run, resume=True):
     dataset = instantiate_from_config(data, train=True)
     held_out = [instantiate_from_config(data, train=False, **(options or {})) for options in sets.values()]
     model = instantiate_from_config(config["model"]).to(memory_format=torch.channels_last)
+    if config.get("compile") and not hasattr(model, "network"):
+        raise ValueError("compile = true: only diffusion models have a network to compile, leave it out")
     parts = config.get("parts") or {}
     init = {"": {"path": config["init"]}} if config.get("init") else {}
     if parts or init:
@@ -167,6 +169,8 @@ def train(config, run, resume=True):
     batches = Batches(len(dataset), batch_size, seed, start, trainer.global_rank, trainer.world_size)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
     val = [DataLoader(part, min(batch_size, len(part)), num_workers=workers, drop_last=True) for part in held_out]
+    if config.get("compile"):
+        model.network.compile(dynamic=False)
     trainer.fit(task, loader, val, ckpt_path=last, weights_only=True)
     # WeightAveraging has copied the averaged weights into the model by now.
     weights = run / "weights.safetensors"
