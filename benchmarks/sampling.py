@@ -80,7 +80,7 @@ def random_model(dtype, device, quick=False):
     for p in model.parameters():
         if p.ndim > 1:  # norms are the identity and biases small already
             p.normal_(0, p[0].numel() ** -0.5, generator=generator)
-    return model.to(dtype=dtype, memory_format=torch.channels_last)
+    return model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
 
 
 def now(device):

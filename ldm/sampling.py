@@ -6,7 +6,7 @@ is a callable x0 -> (e, residual), see ldm/constraints.py. All tensors are [B, .
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
@@ -137,18 +137,26 @@ def jvp(
 @contextmanager
 def forward_differentiable() -> Iterator[None]:
     """What forward-mode differentiation of a network needs of PyTorch: attention by its plain formula, since the fused kernels
-    have no forward derivative, and for some versions (2.11 is one) contiguous tensors in group norms."""
-    with sdpa_kernel(SDPBackend.MATH), nullcontext() if _differentiates_any_group_norm() else ContiguousGroupNorms():
+    have no forward derivative, and `DifferentiableNorms`."""
+    with sdpa_kernel(SDPBackend.MATH), DifferentiableNorms():
         yield
 
 
-class ContiguousGroupNorms(TorchFunctionMode):
-    """Inside, group norms get contiguous tensors, of any memory format that the network has."""
+class DifferentiableNorms(TorchFunctionMode):
+    """Inside, norms of half precision are computed in float32, as their kernels do it: on a GPU these keep their statistics in
+    float32, and the tangent would be float32 too, which no half-precision layer takes. And for some versions of PyTorch (2.11 is
+    one) group norms get contiguous tensors, of any memory format that the network has."""
+
+    GROUP, LAYER = (F.group_norm, torch.group_norm), (F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (F.group_norm, torch.group_norm):
+        kwargs = kwargs or {}
+        if function in self.GROUP and not _differentiates_any_group_norm():
             args = (args[0].contiguous(), *args[1:])
-        return function(*args, **(kwargs or {}))
+        if function in self.GROUP + self.LAYER and args[0].dtype in (torch.float16, torch.bfloat16):
+            full = lambda x: x.float() if isinstance(x, Tensor) else x  # noqa: E731
+            return function(*map(full, args), **{k: full(x) for k, x in kwargs.items()}).to(args[0].dtype)
+        return function(*args, **kwargs)
 
 
 @cache

@@ -5,15 +5,18 @@ import re
 
 import pytest
 import torch
+from pipelines import build, denoiser
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.checkpoints import load_model
 from ldm.constraints import latent_inpainting
 from ldm.data.emoji import sample_emoji
 from ldm.denoisers import Denoiser, LatentDenoiser
+from ldm.diffusers_models import from_diffusers
 from ldm.fast_sampler import fast_sampler
 from ldm.inpainting import make_mask
 from ldm.newton_sampler import newton_sampler, sample
-from ldm.sampling import H, jvp
+from ldm.sampling import H, _differentiates_any_group_norm, jvp
 
 PROMPTS = ["hedgehog", "penguin"]
 SHAPE = (2, 4, 16, 16)
@@ -105,7 +108,7 @@ def test_a_result_is_not_overwritten_by_the_next(schedule, monkeypatch):
 
 
 def agrees(half, tiny, device):
-    """Half precision against float32: D to 3 %; J e by forward-mode differentiation to 3 %, by differences of the length h that the
+    """Half precision against float32: D to 3 %; J e by forward-mode differentiation to 5 %, by differences of the length h that the
     dtype needs to a cosine of 0.9; whole runs by the former to 8 % (paper's loop) and 15 % (fast solver). NFE are the same."""
     (D, constraint), (D_half, _) = problem(tiny, device=device), problem(half, device=device)
     x, dtype = x_t(device), next(half.parameters()).dtype
@@ -114,7 +117,7 @@ def agrees(half, tiny, device):
         e = constraint(x0)[0]
         exact, rounded = (jvp(d, x, 500, e, mode="forward-ad") for d in (D, D_half))
         difference = jvp(D_half, x, 500, e, x0_half, h=H[dtype])
-    assert relative(x0_half, x0) < 0.03 and relative(rounded, exact) < 0.03
+    assert relative(x0_half, x0) < 0.03 and relative(rounded, exact) < 0.05
     assert torch.cosine_similarity(difference.flatten(1), exact.flatten(1)).min() > 0.9
     plain, lower = (runs(d, constraint, device, mode="forward-ad") for d in (D, D_half))
     for a, b, tolerance in zip(lower, plain, (0.08, 0.15), strict=True):
@@ -166,6 +169,30 @@ def test_other_errors_stay_what_they_are(schedule):
 
 
 # ---------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["tiny", "sd", "sdxl", "sd3", "flux"])
+def test_forward_mode_in_half_precision_on_a_pretended_gpu(family, dtype, monkeypatch):
+    """The dtypes of every operation as on a GPU, by tensors without data. There the norms' tangents are float32 by themselves."""
+    if family == "tiny":
+        model = load_model("tiny", device="cpu", dtype=dtype)
+        D = LatentDenoiser(model, PROMPTS, guidance=3.0)
+        modules = [model]
+    else:
+        pipe = build(family)
+        modules = [module.to(dtype) for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
+        D = denoiser(from_diffusers(pipe, size=(16, 16)))
+    _differentiates_any_group_norm()  # by real tensors
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in modules:
+            torch.nn.Module.to(module, "cuda")
+        D.condition, D.negative = D.condition.to("cuda"), D.negative.to("cuda")
+        x = torch.zeros(2, 4, 8, 8, device="cuda")
+        product = jvp(D, x, 500, x, mode="forward-ad")
+    assert D.arithmetic == str(dtype).removeprefix("torch.")
+    assert (product.device.type, product.dtype, product.shape) == ("cuda", torch.float32, x.shape)
 
 
 @pytest.fixture
