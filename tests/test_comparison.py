@@ -29,7 +29,7 @@ from ldm.metrics import alexnet_features, interval, judge_digits, kernel_distanc
 from ldm.newton_sampler import PAPER
 from ldm.sampling import DenoiserLike
 from ldm.schedules import FlowSchedule
-from ldm.table import COLUMNS, append_row, in_table, read_rows
+from ldm.table import COLUMNS, append_row, evaluations, in_table, put_row, read_rows
 
 CPU = torch.device("cpu")
 FLOWS = ["PnP-Flow", "FlowDPS", "FLAIR"]  # methods for rectified flows only
@@ -226,7 +226,7 @@ def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
         n = r["images"]
         better = torch.full((n,), 1.0 if r["method"] == "fast" else 0.0)
         values = {m: better + torch.arange(n) for m in ("residual", "psnr", "ssim", "lpips", "accuracy")}
-        torch.save(dict(x=torch.zeros(n), features=torch.randn(n, 4, generator=generator), **values), tmp_path / f"{name_of(r)}.pt")
+        torch.save(dict(features=torch.randn(n, 4, generator=generator), **values), tmp_path / f"{name_of(r)}.pt")
     model = SimpleNamespace(features="some features", reference=torch.randn(9, 4, generator=generator))
     compare_report.report(read_rows(tmp_path / "compare.csv"), "m", model, tmp_path, lambda r: tmp_path / f"{name_of(r)}.pt")
     text = (tmp_path / "compare-m.md").read_text()
@@ -304,3 +304,26 @@ def test_the_quick_mode_writes_its_table_and_goes_on(digits_folder, monkeypatch)
         table = read_rows(out / "compare.csv")
         assert len(table) == 2 * 2 * 2 and all(float(r["residual"]) < 0.02 for r in table if r["method"] == "fast")
     assert "x4 super-resolution" in (out / "compare-mnist.md").read_text() and (out / "compare-mnist.png").is_file()
+
+
+def test_workers_share_the_rows_and_seconds_are_filled_in(digits_folder, monkeypatch):
+    monkeypatch.chdir(digits_folder)
+    options = ["--tasks", "half", "--methods", "fast", "DDNM", "--images", "2", "--data", str(digits_folder), "--device", "cpu"]
+    compare.main([*options, "--budgets", "44", "20", "--workers", "2", "--out", "shared"])
+    path = digits_folder / "shared/compare.csv"
+    table = read_rows(path)
+    assert sorted((r["method"], r["budget"]) for r in table) == [(m, b) for m in ("DDNM", "fast") for b in ("20", "44")]
+    for r in table:
+        put_row(path, r | dict(seconds=None) if r["method"] == "fast" else r)
+    compare.main([*options, "--seconds", "2", "--out", "shared"])
+    filled = {(r["method"], r["budget"]): r for r in read_rows(path)}
+    assert all(filled[key]["seconds"] == r["seconds"] for r in table if (key := (r["method"], r["budget"]))[0] == "DDNM")
+    per_evaluation = {float(r["seconds"]) / evaluations(r) for (m, _), r in filled.items() if m == "fast"}
+    assert min(per_evaluation) == pytest.approx(max(per_evaluation), rel=1e-3) and min(per_evaluation) > 0
+
+
+def test_a_row_that_fails_stops_no_other(tmp_path, capsys):
+    path, make = tmp_path / "compare.csv", lambda: 1 / 0
+    assert not compare.work(path, tmp_path, row(method="DPS"), make) and "ZeroDivisionError" in capsys.readouterr().err
+    assert compare.work(path, tmp_path, row(), row) and compare.work(path, tmp_path, row(), make)  # the second: taken already
+    assert [r["method"] for r in read_rows(path)] == ["fast"]
