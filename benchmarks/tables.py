@@ -179,7 +179,7 @@ def claims():
         ["The results rival or surpass the best training-free methods, in a fraction of the time",
          "no method has a lower LPIPS than `fast` at 44 evaluations in " +
          " and ".join(f"{len(tasks)} of {len(TASKS)} tasks of the {name}" for name, tasks in lowest.items()),
-         "`mnist`, `tiny` (former weights): `compare.py`, which names the others"],
+         "`mnist`, `tiny`: `compare.py`, which names the others"],
         ["It works for linear constraints, inpainting and super-resolution",
          "RMSE of what was measured, in [-1, 1], the paper's loop: " +
          ("; ".join(f"{TASKS[t]} {short(digits['newton', t, 220]['residual'])}" for t in PER_TASK if ("newton", t, 220) in digits)
@@ -280,6 +280,12 @@ def notebooks():
     return notebook_costs(csv_rows.read(RESULTS / "notebooks.csv")).splitlines()
 
 
+def notebooks_run():
+    """Runs of two diffusion steps on random checkpoints of full width."""
+    heads = ["notebook", "device", "size", "dtype", "evaluations", "seconds", "GiB", "expected GiB"]
+    return lines(heads, [[row[h] for h in heads] for row in csv_rows.read(RESULTS / "notebooks-run.csv")])
+
+
 TABLES = {
     "comparison": comparison,
     "comparison of digits": all_methods("mnist"),
@@ -296,6 +302,7 @@ TABLES = {
     "particles": particles,
     "half missing": tasks("inpainting", "flow"),
     "costs of notebooks": notebooks,
+    "runs of notebooks": notebooks_run,
     "directions": cards.directions,
     "eigenvalues": cards.eigenvalues,
     "step lengths": cards.step_lengths,
