@@ -61,7 +61,8 @@ def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
 
 def expected_peak(D: DenoiserLike, constraint: Constraint | None, shape: Sequence[int], weights: Any = None) -> float:
     """GiB that sampling with J will need at its peak: the weights, x_t, x0, e and J e, and the hungriest of one evaluation
-    of D, one product J e (its mode follows the arithmetic of D) and one call of the constraint. On the safe side by up to a fifth.
+    of D, one product J e (its mode follows the arithmetic of D) and one call of the constraint. On a CPU on the safe side by up to
+    a fifth; on a GPU the workspaces of cuDNN come on top, up to 0.7 GiB at the size of Stable Diffusion on an H200.
 
     shape: [B, C, h, w] of x_t; weights: the model whose parameters() and buffers() count, autoencoder and text encoder
     included; None: none.

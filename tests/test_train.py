@@ -302,3 +302,35 @@ def test_the_decoder_alone_can_be_trained():
     assert task.training_step((x,), 0) < before
     task.ssim_weight = 0.0
     assert 0.05 < before - task.training_step((x,), 0)
+
+
+def test_the_network_of_a_diffusion_model_is_compiled_if_asked(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    train(small_config(2) | dict(compile=True), tmp_path / "a")
+    assert compiled == ["DiffusionWrapper"]
+    classifier = dict(model=dict(target="ldm.models.classifier.DigitClassifier"), compile=True,
+                      training=dict(target="ldm.training.ClassifierTraining"))  # fmt: skip
+    with pytest.raises(ValueError, match="compile = true: only diffusion models"):
+        train(small_config(2) | classifier, tmp_path / "b")
+
+
+def test_averaged_weights_are_the_exponential_average_and_buffers_those_of_the_model(tmp_path, monkeypatch):
+    """Also where a buffer is infinite, as a text encoder's mask is."""
+    seen = []
+
+    class Masked(DiffusionTraining):
+        def __init__(self, model, **kwargs):
+            super().__init__(model, **kwargs)
+            model.register_buffer("mask", torch.tensor(-torch.inf), persistent=False)
+
+        def on_train_batch_end(self, *args):
+            seen.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+
+    monkeypatch.setattr("ldm.training.Masked", Masked, raising=False)
+    config = small_config(3) | dict(ema=0.5)
+    config["training"] = dict(config["training"], target="ldm.training.Masked")
+    weights = load_file(train(config, tmp_path / "run"))
+    for name, first in seen[0].items():
+        expected = 0.5 * (0.5 * first + 0.5 * seen[1][name]) + 0.5 * seen[2][name]
+        torch.testing.assert_close(weights[name].float(), expected, rtol=1e-3, atol=1e-4)
