@@ -28,6 +28,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import compare_tune
@@ -57,6 +58,17 @@ def memory(path, key, task, chosen, device):
 def file_of(kept, key):
     """Where the measures of a row's images are kept."""
     return kept / "{model}-{images}-{task}-{method}-{budget}.pt".format(**key)
+
+
+def made(model, task, key, chosen, path, kept, args, device, bar):
+    """The row of a key: its images are sampled and measured, and their measures kept."""
+    x, costs = run(task, *chosen, args.batch, device, bar)
+    if args.worker and device.type == "cuda":
+        costs["seconds"] = None
+    costs |= memory(path, key, task, chosen, device)
+    values = model.measure(x, task)
+    torch.save(values | dict(features=values["features"].half()), file_of(kept, key))
+    return key | costs | intervals(values, model.reference)
 
 
 # ---- several processes
@@ -172,17 +184,8 @@ def main(argv=None):
             chosen = callables[method](budget, task)
             if chosen is None:
                 continue
-
-            def make(key=key, task=task, chosen=chosen):
-                x, costs = run(task, *chosen, args.batch, device, bar)
-                if args.worker and device.type == "cuda":
-                    costs["seconds"] = None
-                costs |= memory(path, key, task, chosen, device)
-                values = model.measure(x, task)
-                torch.save(values | dict(features=values["features"].half()), file_of(kept, key))
-                return key | costs | intervals(values, model.reference)
-
             bar.set_description(f"{task_name}, {method}, {budget}")
+            make = partial(made, model, task, key, chosen, path, kept, args, device, bar)
             if args.worker:
                 failed += not work(path, kept, key, make)
             else:
@@ -190,7 +193,8 @@ def main(argv=None):
         if not args.worker:
             rows = read_rows(path)
             report(rows, name, model, args.out, lambda key: file_of(kept, key))
-    sys.exit(min(failed, 99)) if args.worker else None
+    if args.worker:
+        sys.exit(min(failed, 99))
 
 
 if __name__ == "__main__":

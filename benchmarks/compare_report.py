@@ -57,7 +57,7 @@ def seconds(row):
 
 
 def report(rows, name, model, out, file_of):
-    """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its images' measures, for paired differences."""
+    """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its measures, for paired differences."""
     rows = _most_images([row for row in rows if row["model"] == name])
     if not rows:
         return

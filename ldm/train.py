@@ -155,8 +155,8 @@ def train(config, run, resume=True):
         print(f"resuming from {last}, step {start} (--fresh starts anew)")
         start *= config["trainer"].get("accumulate_grad_batches", 1)  # steps -> batches
     callbacks = [
-        # Not Lightning's EMAWeightAveraging: one parameter after the other would take a GPU longer than the step itself. Buffers are
-        # copied, not averaged: a text encoder's mask holds -inf.
+        # Not Lightning's EMAWeightAveraging: one parameter after the other would take a GPU longer than the step itself.
+        # Buffers are copied, not averaged: a text encoder's mask holds -inf.
         WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(config.get("ema", 0.999))),
         LearningRateMonitor("step"),
         Checkpoints(run / "last.ckpt", config.get("checkpoint_every", 250)),
