@@ -212,7 +212,7 @@ def curves(rows, path, against):
         ax.grid(alpha=0.25, lw=0.5)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
-    what = {"evaluations": "evaluations of the network, backward passes too", "seconds": "seconds"}[against]
+    what = {"evaluations": "evaluations, backward passes too", "seconds": "seconds"}[against]
     for ax in axes[-3:]:
         ax.set_xlabel(f"{what}, per image", fontsize=10)
     handles = dict(pair[::-1] for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True))
