@@ -19,8 +19,8 @@ tiny and tiny-flow need the captioned images (make data-emoji), mnist the MNIST 
 
 Every number has a 95 % bootstrap interval over the images. Memory is the peak of one diffusion step, per image, measured once for
 each method and task. Seconds are the process's CPU seconds per image (on a GPU: wall). Several workers on a GPU slow each other,
-and leave them empty: --seconds fills them in, on whatever machine it runs on, from so many images at 44 evaluations, times the
-evaluations of the row over those of that run.
+and leave them empty: --seconds fills them in, on whatever machine it runs on, from so many images at about 44 evaluations, times
+the evaluations of the row over those of that run.
 """
 
 import argparse
@@ -84,11 +84,11 @@ def claimed(file):
 
 
 @contextmanager
-def locked(path):
+def locked(kept):
     """Between processes, one after the other."""
     import fcntl  # not on Windows, where --workers 1 runs
 
-    with path.with_suffix(".lock").open("w") as file:
+    with (kept / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -102,23 +102,24 @@ def work(path, kept, key, make):
     except Exception:  # a method that makes NaN of a task leaves its row out, and the others go on
         print(key, traceback.format_exc(), file=sys.stderr, flush=True)
         return False
-    with locked(path):
+    with locked(kept):
         append_row(path, row)
     return True
 
 
 def fill_seconds(path, model, name, callables, args, device):
     """Write the seconds of this model's rows that lack them; `model` has the images to measure them with."""
-    lacking = [row for row in read_rows(path) if row["model"] == name and not row["seconds"]]
-    for task_name, method in (bar := tqdm(dict.fromkeys((row["task"], row["method"]) for row in lacking), desc=name)):
+    lacking = {}
+    for row in read_rows(path):
+        if row["model"] == name and not row["seconds"]:
+            lacking.setdefault((row["task"], row["method"]), []).append(row)
+    for (task_name, method), rows in (bar := tqdm(lacking.items(), desc=name)):
         bar.set_description(f"{task_name}, {method}")
-        task = model.task(task_name)
-        chosen = next(filter(None, (callables[method](budget, task) for budget in (44, 20, 100, 220))))
-        _, costs = run(task, *chosen, args.batch, device)
+        task, budget = model.task(task_name), min((int(row["budget"]) for row in rows), key=lambda n: abs(n - 44))
+        _, costs = run(task, *callables[method](budget, task), args.batch, device)
         each = costs["seconds"] / (costs["nfe_forward"] + costs["nfe_backward"])
-        for row in lacking:
-            if (row["task"], row["method"]) == (task_name, method):
-                put_row(path, row | dict(seconds=each * evaluations(row)))
+        for row in rows:
+            put_row(path, row | dict(seconds=each * evaluations(row)))
 
 
 def main(argv=None):
@@ -147,6 +148,8 @@ def main(argv=None):
     for name in args.models:
         if args.images and not 2 <= args.images <= MODELS[name].most:
             parser.error(f"--images {args.images}: give a number from 2 to {MODELS[name].most} for {name}")
+    if args.workers > 1 and args.seconds:
+        parser.error(f"--workers {args.workers} and --seconds: workers slow each other, leave --workers out")
     asked = args.methods or ALL_METHODS
     missing = [m for m in asked if m.split("-")[0] in foreign.MISSING]
     if missing:
@@ -191,8 +194,7 @@ def main(argv=None):
             else:
                 append_row(path, make())
         if not args.worker:
-            rows = read_rows(path)
-            report(rows, name, model, args.out, lambda key: file_of(kept, key))
+            report(read_rows(path), name, model, args.out, lambda key: file_of(kept, key))
     if args.worker:
         sys.exit(min(failed, 99))
 

@@ -147,13 +147,17 @@ class DifferentiableNorms(TorchFunctionMode):
     float32, and the tangent would be float32 too, which no half-precision layer takes. And for some versions of PyTorch (2.11 is
     one) group norms get contiguous tensors, of any memory format that the network has."""
 
-    GROUP, LAYER = (F.group_norm, torch.group_norm), (F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
+    GROUP, OTHER = (F.group_norm, torch.group_norm), (F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contiguous = not _differentiates_any_group_norm()  # tried here, not within the differentiation
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in self.GROUP and not _differentiates_any_group_norm():
+        if function in self.GROUP and self.contiguous:
             args = (args[0].contiguous(), *args[1:])
-        if function in self.GROUP + self.LAYER and args[0].dtype in (torch.float16, torch.bfloat16):
+        if function in self.GROUP + self.OTHER and args and args[0].dtype in (torch.float16, torch.bfloat16):
             full = lambda x: x.float() if isinstance(x, Tensor) else x  # noqa: E731
             return function(*map(full, args), **{k: full(x) for k, x in kwargs.items()}).to(args[0].dtype)
         return function(*args, **kwargs)

@@ -277,7 +277,8 @@ def test_a_tuned_method_has_the_best_setting_of_its_task_and_budget_and_as_many_
 
 @pytest.mark.parametrize("options, words", [
     (["--budgets", "10"], "--budgets 10: give 20 to 1000"), (["--images", "1"], "--images 1: give a number from 2 to 1000"),
-    (["--models", "tiny", "--images", "200"], "from 2 to 128 for tiny"), (["--tasks", "deblur"], "invalid choice: 'deblur'"),
+    (["--models", "tiny", "--images", "200"], "from 2 to 128 for tiny"),
+    (["--workers", "2", "--seconds", "8"], "leave --workers out"), (["--tasks", "deblur"], "invalid choice: 'deblur'"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_sentence(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
