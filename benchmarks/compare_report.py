@@ -14,17 +14,15 @@ from ldm.comparison import TASKS  # noqa: E402
 from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
 from ldm.table import NAMES, PER_IMAGE, evaluations, markdown, measures_in, table_head  # noqa: E402
 
-# Rows of version 0.1: the step length fell over the diffusion steps instead of the inner ones, for every task from 0.5 to 0.1.
-FORMER = {"newton-former": "newton, former settings", "gradient-former": "gradient steps, former settings"}
-LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()} | compare_tune.LABELS | FORMER
+LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()} | compare_tune.LABELS
 LOWER_IS_BETTER = {"residual", "lpips", "kid"}
 FAMILIES = {  # family: (colour in every figure, its methods)
     "fast (ours)": ("#d62728", ["fast"]),
-    "the paper's loop": ("#1f4e9c", ["newton", "newton-eta1", "newton-former"]),
+    "the paper's loop": ("#1f4e9c", ["newton", "newton-eta1"]),
     "back-propagating": (
         "#2a8c4a",
         ["gradient", "DPS", "PSLD", "SITCOM", "azula-MMPS", "azula-TMPD", "azula-PGDM", "azula-DPS", "deepinv-PiGDM",
-         "deepinv-DPS", "gradient-former"],
+         "deepinv-DPS"],
     ),
     "without Jacobian": (
         "#e08214",

@@ -67,16 +67,19 @@ def tiny_generation():
 
 def mnist_quality():
     q = card("mnist")
-    kid = [f"{q[key][0]:.2f} ± {q[key][1]:.2f}" for key in ("kid_samples_to_test", "kid_training_digits_to_test")]
+    of, real = q["samples_by_eta"], q["kid_training_digits_to_test"]
+    each = lambda key, shown: [shown(values[key]) for values in of.values()]  # noqa: E731
+    kid = lambda v: f"{v[0]:.2f} ± {v[1]:.2f}"  # noqa: E731
+    heads = ["", *(f"samples, eta = {eta}" for eta in of), "real digits"]
     body = [
-        ["classified with a probability of at least 0.9", percent(q["top_probability_at_least_0.9"]),
+        ["classified with a probability of at least 0.9", *each("top_probability_at_least_0.9", percent),
          f"{percent(q['test_digits_top_probability_at_least_0.9'])} (test digits)"],
-        ["kernel distance (KID) to the test digits, in the classifier's features", kid[0], f"{kid[1]} (as many training digits)"],
-        ["share of each digit, 0 to 9", ", ".join(f"{100 * s:.1f}" for s in q["share_of_each_digit"]) + " %", ""],
+        ["kernel distance (KID) to the test digits, in the classifier's features", *each("kid_to_test", kid),
+         f"{kid(real)} (as many training digits)"],
+        ["distance of the background from black, RMS in [-1, 1]", *each("background_rms", short), "0"],
+        ["share of each digit, 0 to 9", *each("share_of_each_digit", lambda v: ", ".join(f"{100 * s:.1f}" for s in v) + " %"), ""],
     ]  # fmt: skip
-    if "background_rms" in q:
-        body.append(["distance of the background from black, RMS in [-1, 1]", short(q["background_rms"]), "0"])
-    return lines(["", "samples", "real digits"], body)
+    return lines(heads, body)
 
 
 # ---- what notebooks printed

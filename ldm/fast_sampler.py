@@ -24,6 +24,7 @@ from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_
 from ldm.schedules import Level, Schedule
 
 MOST_STEPS = 200  # that `evaluations` chooses
+LAST = 10  # corrections of the last x0 through a decoder: they cost no evaluation of D
 
 
 class Products(Common, total=False):
@@ -143,9 +144,14 @@ def step_without_J(constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
     """V = I, exact y. Most of the noise is drawn anew (DDRM, Kawar et al., NeurIPS 2022), so that D mends what corrections left:
 
     x_s = alpha_s (x0 + d) + sigma_s (sqrt(1 - fresh^2) eps + fresh n),   eps = (x_t - alpha_t D(x_t, t)) / sigma_t
+
+    Through a decoder one correction meets y in part only. In the last step, which D does not mend, there are LAST of them, each
+    with the derivative at the x0 before.
     """
     eps = (x_t - now.alpha * x0) / now.sigma
-    x0 = x0 + correction(constraint, x0, lambda v: v, INNER if constraint.linear else 1)
+    decoder = constraint.through_decoder and constraint.linearised is not None  # not linear, and no step comes after the last
+    for _ in range(LAST if decoder and to.sigma == 0 else 1):
+        x0 = x0 + correction(constraint, x0, lambda v: v, INNER if constraint.linear else 1)
     if to.sigma == 0:
         return x0, x0
     return to.alpha * x0 + to.sigma * ((1 - s.fresh**2) ** 0.5 * eps + s.fresh * noise()), x0

@@ -31,7 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ldm.commands import check_keys, override
-from ldm.util import instantiate_from_config, load_config, moved, resolve_device, resolve_path
+from ldm.util import instantiate_from_config, load_config, moved, resolve_path
 from ldm.weights import load_parts, save_weights
 
 KEYS = "model data training trainer parts init begin batch_size num_workers checkpoint_every ema compile".split()  # of a config
@@ -144,16 +144,6 @@ def train(config, run, resume=True):
         load_parts(model, parts | init)
     task = instantiate_from_config(config["training"], model=model)
     task.sets, task.cache = tuple(sets), run.parent / "encoded"
-    if config["trainer"].get("accelerator") != "cpu":
-        task.to(resolve_device("auto"))  # what is computed from the data in advance
-    dataset, *held_out = [task.prepare(part, i == 0) for i, part in enumerate([dataset, *held_out])]
-    last, start = run / "last.ckpt" if resume else None, 0
-    if last is None or not last.exists():
-        last = resolve_path(config["begin"]) if config.get("begin") else None
-    if last:
-        start = torch.load(last, map_location="meta", weights_only=True)["global_step"]
-        print(f"resuming from {last}, step {start} (--fresh starts anew)")
-        start *= config["trainer"].get("accumulate_grad_batches", 1)  # steps -> batches
     callbacks = [
         # Not Lightning's EMAWeightAveraging: one parameter after the other would take a GPU longer than the step itself.
         # Buffers are copied, not averaged: a text encoder's mask holds -inf.
@@ -166,6 +156,15 @@ def train(config, run, resume=True):
         **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, "check_val_every_n_epoch": None,
            "use_distributed_sampler": False, **config["trainer"]},
     )  # fmt: skip
+    task.to(trainer.strategy.root_device)  # where what is computed from the data in advance is computed
+    dataset, *held_out = [task.prepare(part, i == 0) for i, part in enumerate([dataset, *held_out])]
+    last, start = run / "last.ckpt" if resume else None, 0
+    if last is None or not last.exists():
+        last = resolve_path(config["begin"]) if config.get("begin") else None
+    if last:
+        start = torch.load(last, map_location="meta", weights_only=True)["global_step"]
+        print(f"resuming from {last}, step {start} (--fresh starts anew)")
+        start *= config["trainer"].get("accumulate_grad_batches", 1)  # steps -> batches
     batches = Batches(len(dataset), batch_size, seed, start, trainer.global_rank, trainer.world_size)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
     val = [DataLoader(part, min(batch_size, len(part)), num_workers=workers, drop_last=True) for part in held_out]

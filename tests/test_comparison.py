@@ -245,12 +245,12 @@ def name_of(r):
 
 def test_every_method_has_its_place_in_the_figure():
     placed = [m for _, methods in compare_report.FAMILIES.values() for m in methods]
-    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS, *compare_report.FORMER])
+    assert sorted(placed) == sorted([*METHODS, *foreign.OTHERS])
     assert set(placed) == set(compare_report.COLOURS) and set(placed) <= set(compare_report.LABELS)
     assert set(compare_report.BACK_PROPAGATING) <= set(placed)
     assert len(compare_report.LINES) <= 6
     of = [compare_report.plain(m) for methods, _ in compare_report.LINES.values() for m in methods]
-    assert set(of) == set(placed) - {"newton-eta1", "newton-former"}  # a tuned setting has the first
+    assert set(of) == set(placed) - {"newton-eta1"}  # a tuned setting has the first
 
 
 def test_a_tuned_method_has_the_best_setting_of_its_task_and_budget_and_as_many_evaluations(tmp_path, half_task):

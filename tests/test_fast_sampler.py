@@ -226,6 +226,15 @@ def test_a_measurement_through_a_decoder_that_does_nothing_is_the_measurement(ga
     assert (a.x_t - b.x_t).abs().max() < 1e-6 and (a.residual - b.residual).abs().max() < 1e-6
 
 
+def test_the_last_step_meets_what_one_correction_through_a_decoder_leaves(gaussian, monkeypatch):
+    A, images, decode = OPERATORS["super-resolution"], draw(gaussian, 8), lambda x: x + 0.4 * torch.sin(2 * x)
+    constraint = DecodedConstraint(decode, A, A(decode(images)))
+    state = last(gaussian, constraint, SHAPE, range(8), steps=8)
+    monkeypatch.setattr(fast, "LAST", 1)
+    once = last(gaussian, constraint, SHAPE, range(8), steps=8)
+    assert state.residual.max() < 0.1 * once.residual.max() and state.nfe == once.nfe
+
+
 def test_a_loss_falls(gaussian):
     target = draw(gaussian, 8)
     loss = lambda x0: (x0.mean((1, 2, 3)) - target.mean((1, 2, 3)) - 0.5).square()  # noqa: E731
