@@ -63,7 +63,7 @@ def fast_sampler(
     evaluations: int | None = None,      # of D per sample, at most: chooses `steps` for either form
     **common: Unpack[Products],          # levels (default: log-spaced), noise, start, device, dtype, h, mode
 ) -> States:  # fmt: skip
-    """One correction per diffusion step, as a generator of `State` with the contract of `newton_sampler`:
+    """One correction per diffusion step, LAST in the last one through a decoder; a generator of `State` as `newton_sampler`:
 
         x0 = D(x_t, t);  d by (*) from `vectors` products with J
         x_s = DDIM step from (x_t, x0) + strength alpha_s d;  x0 <- x0 + d

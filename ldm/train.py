@@ -156,7 +156,7 @@ def train(config, run, resume=True):
         **{"log_every_n_steps": 25, "num_sanity_val_steps": 0, "max_epochs": -1, "check_val_every_n_epoch": None,
            "use_distributed_sampler": False, **config["trainer"]},
     )  # fmt: skip
-    task.to(trainer.strategy.root_device)  # where what is computed from the data in advance is computed
+    task.to(trainer.strategy.root_device)  # which encodes the data in advance
     dataset, *held_out = [task.prepare(part, i == 0) for i, part in enumerate([dataset, *held_out])]
     last, start = run / "last.ckpt" if resume else None, 0
     if last is None or not last.exists():
