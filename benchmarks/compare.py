@@ -10,7 +10,8 @@ OTHERS in benchmarks/foreign.py (other people's implementations: azula, deepinv)
 the best of twelve on other images instead, where compare_tune.py has searched.
 
 Appends one row per (model, task, method, budget, images) to --out/compare.csv and skips rows that are there, so that an
-interrupted run goes on and a deleted line is made anew; each image's measures are kept in outputs/compare/ for paired differences.
+interrupted run goes on and a deleted line is made anew. Each image's measures go to --out/compare.safetensors, for paired
+differences.
 Then writes compare-MODEL.md, compare-MODEL.png (quality against evaluations), compare-MODEL-seconds.png and
 compare-MODEL-ranking.png (at 44 evaluations); of rows that differ in the number of images only, those of the most images. Rows are
 made in the order of --budgets. --workers: so many processes share them, which pays on a GPU that one small network leaves idle.
@@ -34,13 +35,14 @@ from pathlib import Path
 import compare_tune
 import foreign
 import torch
-from compare_report import report
+from compare_report import name_of, report
 from compare_tasks import MODELS, TASKS
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ldm.comparison import METHODS, intervals, run, step_memory, unconstrained
-from ldm.table import append_row, evaluations, in_table, put_row, read_rows
-from ldm.util import resolve_device
+from ldm.table import PER_IMAGE, append_row, evaluations, in_table, put_row, read_rows
+from ldm.util import atomic_write, resolve_device
 
 ALL_METHODS = [*METHODS, *foreign.OTHERS, *compare_tune.LABELS]
 
@@ -56,18 +58,30 @@ def memory(path, key, task, chosen, device):
 
 
 def file_of(kept, key):
-    """Where the measures of a row's images are kept."""
-    return kept / "{model}-{images}-{task}-{method}-{budget}.pt".format(**key)
+    return kept / f"{name_of(key)}.safetensors"
+
+
+def gathered(path, kept):
+    """{name of a row: PER_IMAGE [5, N], float16} of the rows of the table `path` that have them, those in the folder `kept` too: in
+    compare.safetensors next to the table, which is made anew."""
+    file, names = path.with_suffix(".safetensors"), {name_of(row) for row in read_rows(path)}
+    found = load_file(file) if file.is_file() else {}
+    for part in kept.glob("*.safetensors"):
+        found |= load_file(part)
+    found = {name: found[name] for name in sorted(names & found.keys())}
+    with atomic_write(file) as temporary:
+        save_file(found, temporary)
+    return found
 
 
 def made(model, task, key, chosen, path, kept, args, device, bar):
-    """The row of a key: its images are sampled and measured, and their measures kept."""
+    """The row of a key: its images are sampled and measured, and their measures kept in a file of the folder `kept`."""
     x, costs = run(task, *chosen, args.batch, device, bar)
     if args.worker and device.type == "cuda":
         costs["seconds"] = None
     costs |= memory(path, key, task, chosen, device)
     values = model.measure(x, task)
-    torch.save(values | dict(features=values["features"].half()), file_of(kept, key))
+    save_file({name_of(key): torch.stack([values[m] for m in PER_IMAGE]).half()}, file_of(kept, key))
     return key | costs | intervals(values, model.reference)
 
 
@@ -194,7 +208,7 @@ def main(argv=None):
             else:
                 append_row(path, make())
         if not args.worker:
-            report(read_rows(path), name, model, args.out, lambda key: file_of(kept, key))
+            report(read_rows(path), name, model, args.out, gathered(path, kept))
     if args.worker:
         sys.exit(min(failed, 99))
 

@@ -3,7 +3,6 @@
 import compare_tune
 import foreign
 import matplotlib
-import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -11,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from ldm import comparison  # noqa: E402
 from ldm.comparison import TASKS  # noqa: E402
-from ldm.metrics import bootstrap, interval, kernel_parts, kid  # noqa: E402
+from ldm.metrics import bootstrap, interval  # noqa: E402
 from ldm.table import NAMES, PER_IMAGE, evaluations, markdown, measures_in, table_head  # noqa: E402
 
 LABELS = comparison.LABELS | {method.name: method.label for method in foreign.OTHERS.values()} | compare_tune.LABELS
@@ -54,12 +53,18 @@ def seconds(row):
     return float(row["seconds"] or "nan")
 
 
-def report(rows, name, model, out, file_of):
-    """compare-NAME.md and the figures of this model's rows; file_of: row -> file of its measures, for paired differences."""
+def name_of(row):
+    """A row's name where the measures of its images are kept."""
+    return "{model}-{images}-{task}-{method}-{budget}".format(**row)
+
+
+def report(rows, name, model, out, images):
+    """compare-NAME.md and the figures of this model's rows; images: {name of a row: PER_IMAGE [5, N]} for
+    paired differences, of the rows that have it."""
     rows = _most_images([row for row in rows if row["model"] == name])
     if not rows:
         return
-    text = "\n".join(markdown(rows, name, model.features, LABELS) + differences(rows, model, file_of)) + "\n"
+    text = "\n".join(markdown(rows, name, model.features, LABELS) + differences(rows, images)) + "\n"
     (out / f"compare-{name}.md").write_text(text)
     curves(rows, out / f"compare-{name}.png", "evaluations")
     if any(row["seconds"] for row in rows):
@@ -76,15 +81,15 @@ def _most_images(rows):
     return sorted(best.values(), key=lambda row: list(TASKS).index(row["task"]))
 
 
-def differences(rows, model, file_of):
+def differences(rows, images):
     """Two tables of paired differences, image by image: `fast` minus `newton` at 220 evaluations, in its settings and tuned, and
     minus every back-propagating method at equal time and at its dearest."""
-    measures, lines = [m for m in measures_in(rows) if m in (*PER_IMAGE, "kid")], []
+    measures, lines = [m for m in measures_in(rows) if m in PER_IMAGE], []
     of = lambda task, test: [r for r in rows if r["task"] == task and test(r)]  # noqa: E731
     ours = sorted((r for r in rows if r["method"] == "fast"), key=lambda r: int(r["budget"]))
     ours = [r for task in TASKS for r in ours if r["task"] == task]
     pairs = [(a, b) for a in ours for b in of(a["task"], lambda r: plain(r["method"]) == "newton" and r["budget"] == "220")]
-    lines += _differences("fast minus newton at 220 evaluations, paired", "", pairs, measures, model, file_of)
+    lines += _differences("fast minus newton at 220 evaluations, paired", "", pairs, measures, images)
     pairs = []
     for a in (r for r in ours if r["budget"] == "44"):
         for method in BACK_PROPAGATING:
@@ -93,35 +98,28 @@ def differences(rows, model, file_of):
             pairs += [(a, b) for b in (equal + theirs[-1:] if equal != theirs[-1:] else equal)]
     note = ("Each method at equal time (its cheapest row that takes at least .85 times as long as fast at 44 evaluations: "
             "so much do times vary from run to run) and its dearest row.")  # fmt: skip
-    return lines + _differences("fast minus back-propagating methods, paired", note, pairs, measures, model, file_of)
+    return lines + _differences("fast minus back-propagating methods, paired", note, pairs, measures, images)
 
 
-def _differences(title, note, pairs, measures, model, file_of):
+def _differences(title, note, pairs, measures, images):
     lines = []
     for a, b in pairs:
-        if not all(file_of(row).is_file() for row in (a, b)):
+        both = [images[name] for name in (name_of(a), name_of(b)) if name in images]
+        if len(both) < 2:
             continue
-        ours, theirs = (torch.load(file_of(row), weights_only=True) for row in (a, b))
-        n = min(len(ours["residual"]), len(theirs["residual"]))
-        cells = []
+        n = min(values.shape[1] for values in both)
+        ours, theirs = (dict(zip(PER_IMAGE, values[:, :n].double(), strict=True)) for values in both)
+        draws, cells = bootstrap(n), []
         for m in measures:
-            middle, (low, high) = _difference(ours, theirs, m, n, model.reference)
+            d = ours[m] - theirs[m]
+            low, high = interval(d[draws].mean(1))
             worse, better = (low > 0, high < 0) if m in LOWER_IS_BETTER else (high < 0, low > 0)
-            cells.append(f"{middle:+.3g} [{low:+.3g}, {high:+.3g}]{' worse' if worse else ' better' if better else ''}")
+            cells.append(f"{d.mean():+.3g} [{low:+.3g}, {high:+.3g}]{' worse' if worse else ' better' if better else ''}")
         costs = [f"{evaluations(r):.0f}, {seconds(r):.3f} s" for r in (a, b)]
         lines.append(f"| {TASKS[a['task']]} | {costs[0]} | {LABELS[b['method']]}: {costs[1]} | {n} | {' | '.join(cells)} |")
     if not lines:
         return []
     return ["", f"## {title}", *(["", note] if note else []), "", *table_head("task | fast | the other | images", measures), *lines]
-
-
-def _difference(ours, theirs, measure, n, reference):
-    draws = bootstrap(n)
-    if measure == "kid":
-        a, b = (kernel_parts(values["features"][:n].float(), reference) for values in (ours, theirs))
-        return kid(a) - kid(b), interval(torch.tensor([kid(a, i) - kid(b, i) for i in draws[:200]]))
-    d = (ours[measure][:n] - theirs[measure][:n]).double()
-    return d.mean().item(), interval(d[draws].mean(1))
 
 
 # ---- figures

@@ -23,6 +23,7 @@ from compare_tasks import MODELS, TASKS
 from tqdm import tqdm
 
 from ldm.comparison import METHODS, Method, run
+from ldm.fast_sampler import steps_for
 from ldm.metrics import lpips_weights
 from ldm.util import resolve_device
 
@@ -66,6 +67,8 @@ def with_setting(method, n, task, setting):
         return None
     sampler, settings = chosen
     settings = settings | setting
+    if "late" in setting:  # fewer steps with J make more steps
+        settings["steps"] = steps_for(n, task.schedule, late=setting["late"])
     if "resamples" in setting:  # each step is taken so many times, but the last once
         settings["steps"] = (n + setting["resamples"] - 1) // setting["resamples"]
     if "samples" in setting:  # of PnP-Flow at each step, but one at the first

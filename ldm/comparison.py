@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from ldm.baselines import ddnm, diffpir, dps, gradient_steps, latino, mpgd, psld, repaint
 from ldm.constraints import Constraint, DecodedConstraint, latent_inpainting
-from ldm.fast_sampler import fast_sampler, steps_for
+from ldm.fast_sampler import fast_sampler, late_for, steps_for
 from ldm.metrics import bootstrap, frechet_distance, interval, kernel_parts, kid, lpips_distance, lpips_weights, psnr, ssim
 from ldm.newer_baselines import daps, flair, flair_weights, flowdps, pnp_flow, resample, sitcom
 from ldm.newton_sampler import PAPER, newton_sampler, sample
@@ -74,7 +74,7 @@ class Task:
             return measurement(self.A, self.y[part])
         if self.linear and isinstance(self.A, Mask):
             return latent_inpainting(self.first_stage, self.images[part], self.A.mask.to(self.images.device))
-        return DecodedConstraint(self.first_stage.decode, self.A, self.y[part])
+        return DecodedConstraint(self.first_stage.decode, self.A, self.y[part], encode=self.encode)
 
     @torch.inference_mode()
     def to_images(self, x: Tensor, batch: int = 32) -> Tensor:
@@ -145,6 +145,11 @@ def newton_settings(n: int, task: Task, **changed: Any) -> dict[str, Any]:
     return settings
 
 
+def fast_settings(n: int, task: Task) -> dict[str, Any]:
+    late = late_for(None if task.linear else task.constraint(slice(0, 1)), task.sigma_y)
+    return dict(steps=steps_for(n, task.schedule, late=late), late=late, **task.noise)
+
+
 def gradient_settings(n: int, task: Task) -> dict[str, Any]:
     """As the paper's loop: an inner step costs one forward and one backward evaluation."""
     settings = newton_settings(n, task)
@@ -199,7 +204,7 @@ METHODS = {
         Method("newton-eta1", newton_sampler, lambda n, task: newton_settings(n, task, lr=0.1, eta=1.0),
                label="newton, lr 0.1, eta 1"),
         # As many diffusion steps as n allows, at most 200.
-        Method("fast", fast_sampler, lambda n, task: dict(steps=steps_for(n, task.schedule), **task.noise)),
+        Method("fast", fast_sampler, fast_settings),
         Method("gradient", gradient_steps, gradient_settings, label="gradient steps"),
         # One forward and one backward evaluation a step.
         Method("DPS", dps, lambda n, task: dict(steps=n // 2)),

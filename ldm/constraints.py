@@ -29,6 +29,7 @@ class Constraint(ABC):
 
     linear            whether it is a measurement y = A x0 + sigma_y n whose A does not depend on x0
     through_decoder   whether it looks at the decoded image
+    through_encoder   whether `fast_sampler` may correct the decoded image, and encode it again
     backward_passes   of the decoder (or of a loss), so far; the denoiser has none
     batch             the samples that it has measurements for; 1: any number
     noisy             whether its operator has noise of its own (soft masks)
@@ -37,6 +38,7 @@ class Constraint(ABC):
 
     linear = False
     through_decoder = False
+    through_encoder = False
     backward_passes = 0
     batch = 1
     noisy = False
@@ -246,15 +248,25 @@ class DecodedConstraint(Constraint):
     backward pass through the decoder (not the denoiser) for each call; `backward_passes` counts them.
     chunk: samples whose graph of the decoder is held at a time, at the price of one more forward pass of the decoder where that is
     not the whole batch. None: one where x0 has 4,096 values or more (256 x 256 pixels of Stable Diffusion), otherwise all.
+    encode: images -> x0. With it, where A is linear and no soft mask, `fast_sampler` corrects the image where it leaves J out. That
+    is better, and needs no backward pass.
     """
 
     through_decoder = True
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], A: Operator, y: Tensor, chunk: int | None = None):
+    def __init__(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        A: Operator,
+        y: Tensor,
+        chunk: int | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk = {chunk}: give a number of samples, or None")
-        self.decode, self.pixels, self.chunk, self.backward_passes = decode, LinearConstraint(A, y), chunk, 0
+        self.decode, self.pixels, self.chunk, self.encode, self.backward_passes = decode, LinearConstraint(A, y), chunk, encode, 0
         self.batch, self.noisy = len(y), self.pixels.noisy
+        self.through_encoder = encode is not None and A.linear and not self.noisy
 
     def __call__(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         A, r = self.linearised(x0)

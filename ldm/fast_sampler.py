@@ -55,7 +55,7 @@ def fast_sampler(
     steps: int | None = None,            # diffusion steps; None: 24, or as many as `evaluations` allows
     vectors: int | None = None,          # products with J at each of them, where J is used; None: 1, or see below
     strength: float | None = None,       # of the push on x_t, where J is used; None: 2.3, or 55 / steps if that is less
-    late: float = 0.3,                   # J is left out where sigma_t / alpha_t is below this, and in the last step
+    late: float | None = None,           # J is left out where sigma_t / alpha_t is below this, and in the last step; None: late_for
     sigma_y: float = 0.0,                # standard deviation of the measurement's noise
     eta: float | str = 0.5,              # noise of the DDIM step where J is used: 0 none, 1 ancestral
     fresh: float = 0.85,                 # part of x_s's noise that is drawn anew where J is left out
@@ -76,11 +76,14 @@ def fast_sampler(
     vector or more, weights are mostly error (ldm/particles.py). 1 + vectors evaluations at every step; `evaluations` that 200
     steps do not spend make more vectors. strength, late, eta and fresh belong to the form without particles.
 
-    A constraint with `linearised` is solved by (*) with its A. Of any other, e takes the place of r, and the difference of e along
-    w = V e that of A w; sigma_y must be 0 then. The noise of a soft mask (ldm/operators.py) adds to sigma_y. `constraint=None`
-    samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and FloatingPointError at the end if
-    an x0 was not finite: nothing waits for a tensor's values before.
+    A measurement of the decoded image, with an encoder and a linear A, is solved for on the image where J is left out, and encoded
+    again (`step_with_encoder`). Any other constraint with `linearised` is solved by (*) with its A. Without, e takes the place of
+    r, and the difference of e along w = V e that of A w; sigma_y must be 0 then. The noise of a soft mask (ldm/operators.py) adds
+    to sigma_y. `constraint=None` samples without one (`steps` evaluations). Raises ValueError for wrong arguments at once, and
+    FloatingPointError at the end if an x0 was not finite: nothing waits for a tensor's values before.
     """
+    constraint = as_constraint(constraint)
+    late = late_for(constraint, sigma_y) if late is None else late
     if steps is not None and evaluations is not None:
         raise ValueError(f"steps = {steps} and evaluations = {evaluations}: give one of them")
     if vectors is None:
@@ -89,7 +92,6 @@ def fast_sampler(
         steps = 24 if evaluations is None else steps_for(evaluations, D.schedule, vectors, late, particles)
     strength = min(2.3, 55 / steps) if strength is None else strength
     settings = Settings(vectors, strength, late, sigma_y, eta, fresh, common.pop("h", None), common.pop("mode", None))
-    constraint = as_constraint(constraint)
     _check(settings, constraint)
     if int(particles) != particles or particles < 1 or shape[0] % particles:
         raise ValueError(f"particles = {particles}: give an integer >= 1 that divides the batch of {shape[0]} samples")
@@ -112,6 +114,8 @@ def _fast_sampler(run: Run, constraint: Constraint | None, s: Settings):
             x_t = D.schedule.step(x_t, x0, now, to, s.eta, noise)
         elif uses_J(now, to, s.late):
             x_t, x0 = step_with_J(D, constraint, x_t, x0, now, to, noise, s)
+        elif constraint.through_encoder:
+            x_t, x0 = step_with_encoder(constraint, x_t, x0, now, to, noise, s)
         elif s.sigma_y == 0 and not constraint.noisy:
             x_t, x0 = step_without_J(constraint, x_t, x0, now, to, noise, s)
         else:
@@ -123,7 +127,7 @@ def _fast_sampler(run: Run, constraint: Constraint | None, s: Settings):
         x_t = x_t if sent is None else sent
 
 
-# ---- the three kinds of steps: from x_t at `now` to x_s at `to`, and the x0 that goes with it
+# ---- the four kinds of steps: from x_t at `now` to x_s at `to`, and the x0 that goes with it
 
 
 def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
@@ -157,6 +161,24 @@ def step_without_J(constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
     return to.alpha * x0 + to.sigma * ((1 - s.fresh**2) ** 0.5 * eps + s.fresh * noise()), x0
 
 
+def step_with_encoder(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
+    """V = v I, v = (sigma_t / alpha_t)^2, on the image, which is encoded again (LATINO, Spagnoletti et al., ICCV 2025):
+
+        x0 <- Enc(x + d),   x = Dec(x0),   d by (*) from x
+
+    Nothing is differentiated. x_s as in `step_without_J`. What the encoder loses of an exact y is made up for in the last step, by
+    its LAST corrections of x0.
+    """
+    eps, std = (x_t - now.alpha * x0) / now.sigma, now.sigma / max(now.alpha, 1e-3)
+    x = constraint.decode(x0)
+    x0 = constraint.encode(x + correction(constraint.pixels, x, lambda v: std**2 * v, INNER, s.sigma_y))
+    if to.sigma == 0:
+        for _ in range(LAST if s.sigma_y == 0 else 0):
+            x0 = x0 + correction(constraint, x0, lambda v: v, 1)
+        return x0, x0
+    return to.alpha * x0 + to.sigma * ((1 - s.fresh**2) ** 0.5 * eps + s.fresh * noise()), x0
+
+
 def step_with_noise(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
     """V = v I, v = (sigma_s / alpha_s)^2, y with noise: that of d counts as a part of x_s's own, so that D removes both.
 
@@ -178,6 +200,11 @@ def step_with_noise(constraint, x_t, x0, now: Level, to: Level, noise, s: Settin
 def uses_J(now: Level, to: Level, late: float) -> bool:
     """Whether the step from `now` to `to` uses J."""
     return to.sigma > 0 and now.sigma >= late * now.alpha
+
+
+def late_for(constraint: Constraint | None, sigma_y: float) -> float:
+    """Where J is left out by default: below sigma_t / alpha_t = 0.3, with an encoder and noise below 1."""
+    return 1.0 if sigma_y > 0 and constraint is not None and constraint.through_encoder else 0.3
 
 
 def steps_for(evaluations: int, schedule: Schedule, vectors: int = 1, late: float = 0.3, particles: int = 1) -> int:

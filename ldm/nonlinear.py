@@ -13,6 +13,8 @@ from ldm.operators import Operator
 class NonlinearOperator(Operator):
     """A(x) = function(x) for a differentiable function of images x [B, ...], in which samples do not mix."""
 
+    linear = False
+
     def __init__(self, function: Callable[[Tensor], Tensor]):
         self.function = function
 

@@ -19,9 +19,11 @@ class Operator(ABC):
     """The base of all operators. They follow the dtype and device of the tensors they are given.
 
     variance    of the noise that each measurement has by itself, broadcast to y; 0: none, which is all but soft masks
+    linear      all but those of `ldm.nonlinear`
     """
 
     variance: Tensor | float = 0.0
+    linear = True
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

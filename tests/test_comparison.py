@@ -10,6 +10,7 @@ import foreign
 import pytest
 import torch
 from common import GaussianDenoiser, draw
+from safetensors.torch import save_file
 
 from ldm.checkpoints import load_model
 from ldm.comparison import (
@@ -83,7 +84,7 @@ def test_methods_apply_where_they_can(half_task):
     left = {"newton", "newton-eta1", "fast", "gradient", "DPS", "PSLD", "LATINO", "ReSample", "SITCOM"}
     for flow in (False, True):
         task = half_task("sr4", flow)
-        task.linear, task.first_stage, task.encode = False, object(), lambda x: x
+        task.linear, task.first_stage, task.encode = False, SimpleNamespace(decode=lambda z: z), lambda x: x
         assert applies(task) == left | ({"azula-DPS", "azula-MMPS"} & set(ALL)) | ({"FlowDPS", "FLAIR"} if flow else set())
 
 
@@ -216,7 +217,8 @@ def test_rows_of_an_older_table_stay(tmp_path):
 
 def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
     """`fast` at 44 against the paper at 220, on the images of both, and against DPS at equal time and at its dearest."""
-    generator = torch.Generator().manual_seed(0)
+    kept = tmp_path / "kept"
+    kept.mkdir()
     cost = {("fast", 44): 1.0, ("newton", 220): 5.0, ("newton-tuned", 220): 5.0}
     cost |= {("DPS", 20): 0.5, ("DPS", 44): 0.9, ("DPS", 100): 2.0, ("DPS", 220): 3.0}
     table = [row(method="fast", images=2, psnr=9.0), *(row(method=m, budget=b, seconds=s, images=4 if m == "fast" else 6)
@@ -225,10 +227,9 @@ def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
         append_row(tmp_path / "compare.csv", r)
         n = r["images"]
         better = torch.full((n,), 1.0 if r["method"] == "fast" else 0.0)
-        values = {m: better + torch.arange(n) for m in ("residual", "psnr", "ssim", "lpips", "accuracy")}
-        torch.save(dict(features=torch.randn(n, 4, generator=generator), **values), tmp_path / f"{name_of(r)}.pt")
-    model = SimpleNamespace(features="some features", reference=torch.randn(9, 4, generator=generator))
-    compare_report.report(read_rows(tmp_path / "compare.csv"), "m", model, tmp_path, lambda r: tmp_path / f"{name_of(r)}.pt")
+        save_file({compare_report.name_of(r): (better + torch.arange(n)).repeat(5, 1).half()}, compare.file_of(kept, r))
+    images = compare.gathered(tmp_path / "compare.csv", kept)
+    compare_report.report(read_rows(tmp_path / "compare.csv"), "m", SimpleNamespace(features="some features"), tmp_path, images)
     text = (tmp_path / "compare-m.md").read_text()
     assert "# m, 4 to 6 images" in text and "| fast | 4 |" in text and "| fast | 2 |" not in text
     against_paper, against_gradients = text.split("## fast minus")[1:]
@@ -237,10 +238,11 @@ def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
     assert "DPS: 44, 0.900 s | 4" in against_gradients and "DPS: 220, 3.000 s | 4" in against_gradients
     assert "DPS: 20," not in against_gradients and "DPS: 100" not in against_gradients
     assert all((tmp_path / f"compare-m{end}.png").is_file() for end in ("", "-seconds", "-ranking"))
-
-
-def name_of(r):
-    return "-".join(str(r[k]) for k in ("method", "budget", "images"))
+    for file in kept.iterdir():  # what has been gathered stays, as long as its row does
+        file.unlink()
+    (tmp_path / "compare.csv").unlink()
+    append_row(tmp_path / "compare.csv", table[0])
+    assert list(compare.gathered(tmp_path / "compare.csv", kept)) == [compare_report.name_of(table[0])]
 
 
 def test_every_method_has_its_place_in_the_figure():

@@ -14,6 +14,7 @@ from ldm.denoisers import Denoiser
 from ldm.fast_sampler import fast_sampler, steps_for
 from ldm.linalg import gcr
 from ldm.newton_sampler import sample
+from ldm.nonlinear import clipped
 from ldm.operators import Mask, downsample, gaussian_blur, measure
 from ldm.sampling import jvp, seeded_noise
 from ldm.schedules import FlowSchedule
@@ -233,6 +234,45 @@ def test_the_last_step_meets_what_one_correction_through_a_decoder_leaves(gaussi
     monkeypatch.setattr(fast, "LAST", 1)
     once = last(gaussian, constraint, SHAPE, range(8), steps=8)
     assert state.residual.max() < 0.1 * once.residual.max() and state.nfe == once.nfe
+
+
+def test_an_encoder_that_does_nothing_changes_nothing(gaussian):
+    """Decoder and encoder: the identity. The steps without J have to be those on x0."""
+    A, images = OPERATORS["super-resolution"], draw(gaussian, 8).double()
+    settings = dict(steps=8, late=float("inf"), dtype=torch.float64)
+    same = lambda x: x  # noqa: E731
+    a, b = (last(gaussian, c, SHAPE, range(8), **settings)
+            for c in (LinearConstraint(A, A(images)), DecodedConstraint(same, A, A(images), encode=same)))  # fmt: skip
+    assert (a.x_t - b.x_t).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("sigma_y", [0.0, 0.1])
+def test_with_an_encoder_the_image_is_corrected_and_encoded(gaussian, sigma_y):
+    """One step from any x_t, against the closed form; only the last step differentiates the decoder, and only for an exact y."""
+    A, images = downsample((8, 8), 2), draw(gaussian, 8).double()
+    decode, encode = lambda z: z.sinh() + 0.5, lambda x: (x - 0.5).asinh() + 0.01  # noqa: E731
+    y = measure(A, decode(images), sigma_y, range(8))
+    constraint = DecodedConstraint(decode, A, y, encode=encode)
+    settings = dict(steps=4, late=float("inf"), sigma_y=sigma_y, dtype=torch.float64)
+    *_, start, before, state = fast_sampler(gaussian, constraint, SHAPE, range(8), **settings)
+    assert constraint.backward_passes == (0 if sigma_y else fast.LAST)
+    level = next(level for level in gaussian.schedule.log_levels(4) if level.t == before.t)
+    x, v, M = decode(gaussian(start.x_t, level.t)).flatten(1), (level.sigma / level.alpha) ** 2, matrix(A).double()
+    r = y.flatten(1) - x @ M.T
+    d = v * torch.linalg.solve(v * M @ M.T + sigma_y**2 * torch.eye(len(M)), r.T).T @ M
+    assert (before.x0 - encode(x + d).view(SHAPE)).abs().max() < 1e-4
+    if sigma_y == 0:  # what this encoder is off by
+        assert before.residual.min() > 0.01 and state.residual.max() < 0.003
+
+
+def test_what_an_encoder_cannot_take_goes_another_way(gaussian):
+    """A soft mask, and an operator that is not linear."""
+    same = lambda x: x  # noqa: E731
+    weights = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+    for A in (Mask(weights, soft=True), clipped()):
+        assert not DecodedConstraint(same, A, A(draw(gaussian, 8)), encode=same).through_encoder
+    A = downsample((8, 8), 2)
+    assert not DecodedConstraint(same, A, A(draw(gaussian, 8))).through_encoder
 
 
 def test_a_loss_falls(gaussian):

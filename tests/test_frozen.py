@@ -39,6 +39,8 @@ def decoded(kind):
     y = linear(A).y
     if kind == "decoder":
         return DecodedConstraint(torch.tanh, A, y)
+    if kind == "both":
+        return DecodedConstraint(torch.tanh, A, y, encode=lambda x: torch.atanh(x.clamp(-0.99, 0.99)))
     if kind == "encoder":
         return EncoderConstraint(torch.tanh, lambda x: torch.atanh(x.clamp(-0.99, 0.99)), A, y)
     return LossConstraint(lambda x0: (A(x0.tanh()) - y).square().flatten(1).mean(1))
@@ -65,6 +67,8 @@ CASES = {
     "fast noisy blur": lambda: run(fast_sampler, linear(gaussian_blur((8, 8), 1.0), 0.1), sigma_y=0.1),
     "fast mask, flow": lambda: run(fast_sampler, linear(mask()), flow=True),
     "fast decoder": lambda: run(fast_sampler, decoded("decoder"), steps=10),
+    "fast decoder and encoder": lambda: run(fast_sampler, decoded("both"), steps=10),
+    "fast decoder and encoder, noise": lambda: run(fast_sampler, decoded("both"), steps=10, sigma_y=0.1),
     "fast loss": lambda: run(fast_sampler, decoded("loss"), steps=10),
     "fast encoder": lambda: run(fast_sampler, decoded("encoder"), steps=10),
     "fast, no constraint": lambda: run(fast_sampler, None, steps=10),
