@@ -203,8 +203,8 @@ def uses_J(now: Level, to: Level, late: float) -> bool:
 
 
 def late_for(constraint: Constraint | None, sigma_y: float) -> float:
-    """Where J is left out by default: below sigma_t / alpha_t = 0.3, with an encoder and noise below 1."""
-    return 1.0 if sigma_y > 0 and constraint is not None and constraint.through_encoder else 0.3
+    """Where J is left out by default: below sigma_t / alpha_t = 0.3, with an encoder and noise below 0.6."""
+    return 0.6 if sigma_y > 0 and constraint is not None and constraint.through_encoder else 0.3
 
 
 def steps_for(evaluations: int, schedule: Schedule, vectors: int = 1, late: float = 0.3, particles: int = 1) -> int:

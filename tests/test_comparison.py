@@ -216,7 +216,7 @@ def test_rows_of_an_older_table_stay(tmp_path):
 
 
 def test_the_report_takes_the_most_images_and_pairs_what_both_have(tmp_path):
-    """`fast` at 44 against the paper at 220, on the images of both, against DPS at equal time and at its dearest, and DDNM at 44."""
+    """`fast` at 44 against the paper at 220, on the images of both, DPS at equal time and at its dearest, and DDNM at 44."""
     kept = tmp_path / "kept"
     kept.mkdir()
     cost = {("fast", 44): 1.0, ("newton", 220): 5.0, ("newton-tuned", 220): 5.0}
