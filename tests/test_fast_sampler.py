@@ -265,6 +265,14 @@ def test_with_an_encoder_the_image_is_corrected_and_encoded(gaussian, sigma_y):
         assert before.residual.min() > 0.01 and state.residual.max() < 0.003
 
 
+def test_with_an_encoder_and_noise_J_is_left_out_earlier(gaussian):
+    A, images, same = downsample((8, 8), 2), draw(gaussian, 8), lambda x: x
+    constraint = DecodedConstraint(same, A, measure(A, images, 0.1, range(8)), encode=same)
+    default, later = (last(gaussian, constraint, SHAPE, range(8), steps=12, sigma_y=0.1, **late) for late in ({}, dict(late=0.3)))
+    assert default.nfe < later.nfe
+    assert default.nfe == last(gaussian, constraint, SHAPE, range(8), steps=12, sigma_y=0.1, late=0.6).nfe
+
+
 def test_what_an_encoder_cannot_take_goes_another_way(gaussian):
     """A soft mask, and an operator that is not linear."""
     same = lambda x: x  # noqa: E731
