@@ -146,8 +146,9 @@ def newton_settings(n: int, task: Task, **changed: Any) -> dict[str, Any]:
 
 
 def fast_settings(n: int, task: Task) -> dict[str, Any]:
+    """As many diffusion steps as n allows, at most 200."""
     late = late_for(None if task.linear else task.constraint(slice(0, 1)), task.sigma_y)
-    return dict(steps=steps_for(n, task.schedule, late=late), late=late, **task.noise)
+    return dict(steps=steps_for(n, task.schedule, late=late), **task.noise)
 
 
 def gradient_settings(n: int, task: Task) -> dict[str, Any]:
@@ -203,7 +204,6 @@ METHODS = {
         # The constant step of the paper's super-resolution, and ancestral noise.
         Method("newton-eta1", newton_sampler, lambda n, task: newton_settings(n, task, lr=0.1, eta=1.0),
                label="newton, lr 0.1, eta 1"),
-        # As many diffusion steps as n allows, at most 200.
         Method("fast", fast_sampler, fast_settings),
         Method("gradient", gradient_steps, gradient_settings, label="gradient steps"),
         # One forward and one backward evaluation a step.
