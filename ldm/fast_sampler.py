@@ -138,7 +138,8 @@ def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
     """
     gamma = now.sigma**2 / max(now.alpha, 1e-3)  # a flow starts at alpha = 0
     V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode)  # noqa: E731
-    d = correction(constraint, x0, V, s.vectors, s.sigma_y)
+    ratio = (now.sigma / max(now.alpha, 1e-3)) ** 2
+    d = correction(constraint, x0, V, s.vectors, s.sigma_y, about=ratio / (1 + ratio))  # V, where x0 has the variance 1
     if constraint.noisy:
         return D.schedule.step(x_t, x0 + d, now, to, s.eta, noise), x0 + d
     return D.schedule.step(x_t, x0, now, to, s.eta, noise) + to.alpha * s.strength * d, x0 + d
