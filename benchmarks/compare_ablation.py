@@ -17,9 +17,7 @@ import compare_tasks as tasks
 from tqdm import tqdm
 
 from ldm.comparison import intervals, run
-from ldm.correction import correction
 from ldm.linalg import dot, ratio
-from ldm.sampling import jvp
 from ldm.table import append_row, in_table, read_rows
 from ldm.util import resolve_device
 
@@ -41,9 +39,11 @@ VARIANTS = {
     "fresh = 0.5 where J is left out": dict(fresh=0.5),
     "fresh = 1 where J is left out": dict(fresh=1.0),
     "h = 0.1": dict(h=0.1),
+    "without preconditioner": {},
     "second-order multistep": {},
     "one product with J for two steps": {},
 }
+PLAIN = "without preconditioner"
 MOVED, UNIFORM = "eps fitted to the moved x0, strength 1", "uniform levels"
 MULTISTEP, SHARED = "second-order multistep", "one product with J for two steps"
 SHOWN = ["residual", "lpips", "psnr", "accuracy", "kid"]
@@ -65,9 +65,13 @@ def settings(name, task, budget):
 
 def step_from_the_moved_x0(D, constraint, x_t, x0, now, to, noise, s):
     """`step_with_J` with eps fitted to the moved x0: exact for a Gaussian."""
-    gamma = now.sigma**2 / max(now.alpha, 1e-3)
-    d = correction(constraint, x0, lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode), s.vectors, s.sigma_y)
+    d = fast.correction_with_J(D, constraint, x_t, x0, now, s)
     return D.schedule.step(x_t, x0 + s.strength * d, now, to, s.eta, noise), x0 + d
+
+
+def step_without_preconditioner(*args):
+    with patch("ldm.correction.preconditioner", lambda *_: lambda u: u):
+        return STEP(*args)
 
 
 class Multistep:
@@ -111,7 +115,7 @@ def log_ratio(level):
 
 
 STEP = fast.step_with_J
-STEPS = {MOVED: lambda: step_from_the_moved_x0, MULTISTEP: Multistep, SHARED: Shared}
+STEPS = {PLAIN: lambda: step_without_preconditioner, MOVED: lambda: step_from_the_moved_x0, MULTISTEP: Multistep, SHARED: Shared}
 
 
 def table(found):

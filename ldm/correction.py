@@ -37,7 +37,7 @@ def correction(
         A, r = constraint.linearised(x0)
         variance = variance + A.variance
         r = r if shift is None else r - A(shift)
-        P = _preconditioner(constraint, variance, about)
+        P = preconditioner(constraint, variance, about)
 
         def product(u):
             u = P(u)
@@ -56,8 +56,8 @@ def correction(
     return d if constraint.linear else shortened(d, TRUST)
 
 
-def _preconditioner(constraint, variance, about):
-    """u -> P u; of a decoded image A A^T is that of the image's operator."""
+def preconditioner(constraint: Constraint, variance: Tensor | float, about: float | None) -> Callable[[Tensor], Tensor]:
+    """u -> P u by INNER vectors; of a decoded image A A^T is that of the image's operator. The identity where there is none."""
     A = getattr(constraint.pixels if isinstance(constraint, DecodedConstraint) else constraint, "A", None)
     if about is None or A is None or isinstance(A, Mask) or not A.linear:
         return lambda u: u

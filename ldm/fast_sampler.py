@@ -5,7 +5,8 @@ Rozet et al. 2024 use it with J^T). Given y = A x_0 + sigma_y n, the mean of x_0
 
     d = V A^T lambda,   (sigma_y^2 I + A V A^T) lambda = r = y - A D(x_t, t)                                             (*)
 
-The direction for one vector, J A^T r, is the paper's; its length here is exact, and known from products already computed.
+One vector is enough: d is along J A^T P r, with P = (sigma_y^2 / v I + A A^T)^-1. For masks P is the identity, and that is the
+paper's direction, J A^T r. Its length here is exact, and known from products already computed.
 """
 
 from bisect import bisect
@@ -136,13 +137,18 @@ def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
     It counts y in every step anew. What a soft mask keeps may count once only: then x_s is the DDIM step from (x_t, x0 + d), which
     is exact for Gaussians.
     """
-    gamma = now.sigma**2 / max(now.alpha, 1e-3)  # a flow starts at alpha = 0
-    V = lambda v: gamma * jvp(D, x_t, now.t, v, x0, s.h, s.mode)  # noqa: E731
-    ratio = (now.sigma / max(now.alpha, 1e-3)) ** 2
-    d = correction(constraint, x0, V, s.vectors, s.sigma_y, about=ratio / (1 + ratio))  # V, where x0 has the variance 1
+    d = correction_with_J(D, constraint, x_t, x0, now, s)
     if constraint.noisy:
         return D.schedule.step(x_t, x0 + d, now, to, s.eta, noise), x0 + d
     return D.schedule.step(x_t, x0, now, to, s.eta, noise) + to.alpha * s.strength * d, x0 + d
+
+
+def correction_with_J(D, constraint, x_t, x0, now: Level, s: Settings) -> Tensor:
+    """d by (*) for V = gamma J, preconditioned by V = v I, v = sigma_t^2 / (sigma_t^2 + alpha_t^2): the variance of x_0 given x_t
+    where each of its values is normal by itself, of variance 1."""
+    gamma, v = now.sigma**2 / max(now.alpha, 1e-3), now.sigma**2 / (now.sigma**2 + now.alpha**2)
+    V = lambda w: gamma * jvp(D, x_t, now.t, w, x0, s.h, s.mode)  # noqa: E731
+    return correction(constraint, x0, V, s.vectors, s.sigma_y, about=v)
 
 
 def step_without_J(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:

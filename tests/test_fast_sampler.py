@@ -49,6 +49,20 @@ def test_gcr_solves_systems_that_are_not_symmetric():
     assert (w - 2 * exact).abs().max() < 1e-8 and left.abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("name", ["super-resolution", "blur"])
+def test_one_preconditioned_vector_is_the_solution_where_V_is_as_it_was_taken_to_be(gaussian, name):
+    A, sigma_y, v, x0 = OPERATORS[name], 0.2, 0.3, draw(gaussian, 8).double()
+    constraint = LinearConstraint(A, measure(A, draw(gaussian, 8, seed=1).double(), sigma_y, range(8)))
+    M, r = matrix(A).double(), constraint.difference(x0).flatten(1)
+    exact = v * torch.linalg.solve(v * M @ M.T + sigma_y**2 * torch.eye(len(M)), r.T).T @ M
+    products, errors = [], []
+    for about in (v, None):
+        d = correction(constraint, x0, lambda w: products.append(w) or v * w, 1, sigma_y, about=about).flatten(1)
+        errors.append(((d - exact).norm() / exact.norm()).item())
+    assert errors[0] < 0.01 and errors[0] < 0.1 * errors[1]
+    assert len(products) == 2
+
+
 def test_one_vector_is_the_exact_line_search_and_zero_stays_zero():
     r = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r[2] = 0
