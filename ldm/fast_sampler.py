@@ -145,10 +145,10 @@ def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
 
 def correction_with_J(D, constraint, x_t, x0, now: Level, s: Settings) -> Tensor:
     """d by (*) for V = gamma J, preconditioned by V = v I, v = sigma_t^2 / (sigma_t^2 + alpha_t^2): the variance of x_0 given x_t
-    where each of its values is normal by itself, of variance 1."""
+    where each of its values is normal by itself, of variance 1. A push of strength kappa carries kappa^2 of y's noise."""
     gamma, v = now.sigma**2 / max(now.alpha, 1e-3), now.sigma**2 / (now.sigma**2 + now.alpha**2)
     V = lambda w: gamma * jvp(D, x_t, now.t, w, x0, s.h, s.mode)  # noqa: E731
-    return correction(constraint, x0, V, s.vectors, s.sigma_y, about=v)
+    return correction(constraint, x0, V, s.vectors, s.sigma_y, about=v / max(1.0, s.strength) ** 2)
 
 
 def step_without_J(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
