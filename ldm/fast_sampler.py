@@ -25,6 +25,7 @@ from ldm.sampling import Common, DenoiserLike, Run, State, States, begin, check_
 from ldm.schedules import Level, Schedule
 
 MOST_STEPS = 200  # that `evaluations` chooses
+PUSH = 2.3  # strength of the push where J is used, up to 24 steps; above, the steps share it
 LAST = 10  # corrections of the last x0 through a decoder: they cost no evaluation of D
 
 
@@ -91,7 +92,7 @@ def fast_sampler(
         vectors = max(1, evaluations // MOST_STEPS - 1) if particles > 1 and evaluations is not None else 1
     if steps is None:
         steps = 24 if evaluations is None else steps_for(evaluations, D.schedule, vectors, late, particles)
-    strength = min(2.3, 55 / steps) if strength is None else strength
+    strength = min(PUSH, 55 / steps) if strength is None else strength
     settings = Settings(vectors, strength, late, sigma_y, eta, fresh, common.pop("h", None), common.pop("mode", None))
     _check(settings, constraint)
     if int(particles) != particles or particles < 1 or shape[0] % particles:
@@ -145,10 +146,10 @@ def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
 
 def correction_with_J(D, constraint, x_t, x0, now: Level, s: Settings) -> Tensor:
     """d by (*) for V = gamma J, preconditioned by V = v I, v = sigma_t^2 / (sigma_t^2 + alpha_t^2): the variance of x_0 given x_t
-    where each of its values is normal by itself, of variance 1. A push of strength kappa carries kappa^2 of y's noise."""
+    where each of its values is normal by itself, of variance 1. The pushes carry PUSH^2 times the variance of y's noise."""
     gamma, v = now.sigma**2 / max(now.alpha, 1e-3), now.sigma**2 / (now.sigma**2 + now.alpha**2)
     V = lambda w: gamma * jvp(D, x_t, now.t, w, x0, s.h, s.mode)  # noqa: E731
-    return correction(constraint, x0, V, s.vectors, s.sigma_y, about=v / max(1.0, s.strength) ** 2)
+    return correction(constraint, x0, V, s.vectors, s.sigma_y, about=v / PUSH**2)
 
 
 def step_without_J(constraint, x_t, x0, now: Level, to: Level, noise, s: Settings) -> tuple[Tensor, Tensor]:
