@@ -6,7 +6,7 @@ The flow as it is, not distilled, on the held-out emoji of assets/: the right ha
 super-resolution (through the decoder). Writes results/few_steps.md, one table per task.
 
 fast             its levels and J, where three diffusion steps fit into the budget
-fast, no J       projections with most of the noise drawn anew; with the decoder's derivative where there is a decoder
+fast, no J       projections with most of the noise drawn anew; of the decoded image, encoded again, where there is a decoder
 newton           one inner step at each diffusion step
 LATINO           denoise, proximal step on the image, all noise anew; decoder and encoder forwards only
 """
