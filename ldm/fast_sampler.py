@@ -5,8 +5,8 @@ Rozet et al. 2024 use it with J^T). Given y = A x_0 + sigma_y n, the mean of x_0
 
     d = V A^T lambda,   (sigma_y^2 I + A V A^T) lambda = r = y - A D(x_t, t)                                             (*)
 
-One vector is enough: d is along J A^T P r, with P = (sigma_y^2 / v I + A A^T)^-1. For masks P is the identity, and that is the
-paper's direction, J A^T r. Its length here is exact, and known from products already computed.
+One vector goes far: d is along J A^T P r, with the preconditioner P = (PUSH^2 sigma_y^2 / v I + A A^T)^-1. For masks P is the
+identity, and that is the paper's direction, J A^T r. Its length here is exact, and known from products already computed.
 """
 
 from bisect import bisect
