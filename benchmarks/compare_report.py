@@ -130,15 +130,15 @@ def _differences(title, note, pairs, measures, images):
 
 def ranking(rows, path, budget="44", reference="220"):
     """The methods at one budget, the best on top, by LPIPS with its interval, or PSNR where LPIPS is missing: a dot with the
-    settings of their papers, a ring where they were tuned. A panel for each task that at least two methods were run on; the dashed
-    line is `newton` at the budget `reference`."""
+    settings of their papers, a ring where they were tuned. A panel for each task that at least two methods, and half as many as
+    any, were run on; the dashed line is `newton` at the budget `reference`."""
     measure = "lpips" if "lpips" in measures_in(rows) else "psnr"
     panels = {t: [r for r in rows if r["task"] == t and r["budget"] == budget] for t in TASKS}
     panels = {t: _by_method(found, measure) for t, found in panels.items()}
-    panels = {t: found for t, found in panels.items() if len(found) > 1}
+    most, lines = max(map(len, panels.values())), {}
+    panels = {t: found for t, found in panels.items() if len(found) > 1 and 2 * len(found) >= most}
     if not panels:
         return
-    most, lines = max(map(len, panels.values())), {}
     fig, axes = _panels(len(panels), 4.7, 0.21 * most + 0.7)
     for ax, (task, found) in zip(axes, panels.items(), strict=True):
         for y, (method, both) in enumerate(found.items()):
