@@ -62,15 +62,18 @@ def file_of(kept, key):
 
 
 def gathered(path, kept):
-    """{name of a row: PER_IMAGE [5, N], float16} of the rows of the table `path` that have them, those in the folder `kept` too: in
-    compare.safetensors next to the table, which is made anew."""
+    """{name of a row: PER_IMAGE [5, N], float16} of the rows of the table `path` that have them. They move from the folder `kept`
+    to compare.safetensors next to the table, where those of rows that are gone are dropped."""
     file, names = path.with_suffix(".safetensors"), {name_of(row) for row in read_rows(path)}
     found = load_file(file) if file.is_file() else {}
-    for part in kept.glob("*.safetensors"):
+    parts = [part for part in kept.glob("*.safetensors") if part.stem in names]
+    for part in parts:
         found |= load_file(part)
     found = {name: found[name] for name in sorted(names & found.keys())}
     with atomic_write(file) as temporary:
         save_file(found, temporary)
+    for part in parts:  # a later run may get this row from somewhere else
+        part.unlink()
     return found
 
 

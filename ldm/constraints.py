@@ -246,8 +246,9 @@ class DecodedConstraint(Constraint):
 
     decode: x0 [B, C, h, w] -> images, differentiable; A, y: operator (also of ldm.nonlinear) and measurement of images. One
     backward pass through the decoder (not the denoiser) for each call; `backward_passes` counts them.
-    chunk: samples whose graph of the decoder is held at a time, at the price of one more forward pass of the decoder where that is
-    not the whole batch. None: one where x0 has 4,096 values or more (256 x 256 pixels of Stable Diffusion), otherwise all.
+    chunk: samples that are decoded, and whose graph of the decoder is held, at a time, at the price of one more forward pass of the
+    decoder where that is not the whole batch. None: one where x0 has 4,096 values or more (256 x 256 pixels of Stable Diffusion),
+    otherwise all.
     encode: images -> x0. With it, where A is linear and no soft mask, `fast_sampler` corrects the image where it leaves J out. That
     is better, and needs no backward pass.
     """
@@ -273,7 +274,19 @@ class DecodedConstraint(Constraint):
         return A.adjoint(r), self.pixels.rms(r)
 
     def residual(self, x0: Tensor) -> Tensor:
-        return self.pixels.residual(self.decode(x0))
+        return self.pixels.residual(self.image(x0))
+
+    def at_a_time(self, x0: Tensor) -> int:
+        """How many samples: `chunk`."""
+        return self.chunk or (1 if x0[0].numel() >= 4096 else len(x0))
+
+    def image(self, x0: Tensor) -> Tensor:
+        """Dec(x0)."""
+        return torch.cat([self.decode(part) for part in x0.split(self.at_a_time(x0))])
+
+    def encoded(self, image: Tensor, x0: Tensor) -> Tensor:
+        """Enc(image), in place of x0."""
+        return torch.cat([self.encode(part) for part in image.split(self.at_a_time(x0))])  # type: ignore[misc]  # there is one
 
     def linearised(self, x0: Tensor) -> tuple[Any, Tensor]:
         """(A Dec' at x0, an operator on latents, and r): each product with it is a forward, with its adjoint a backward pass of the
@@ -288,19 +301,19 @@ class _Derivative:
     def __init__(self, constraint: DecodedConstraint, z: Tensor):
         self.constraint, self.z = constraint, z
         self.graph: tuple[Tensor, Tensor] | None = None
-        chunk = constraint.chunk or (1 if z[0].numel() >= 4096 else len(z))
+        chunk = constraint.at_a_time(z)
         self.parts = range(0, len(z), chunk), chunk
         if chunk >= len(z):
             self.graph = graph = self._decode(z)
             self.image = graph[1].detach()
         else:
-            self.image = torch.cat([constraint.decode(part) for part in z.split(chunk)])
+            self.image = constraint.image(z)
         self.r, self.variance = constraint.pixels.difference(self.image), constraint.pixels.A.variance
 
     def __call__(self, w: Tensor) -> Tensor:
         s = 0.05 / max_norm(w).clamp_min(1e-30)
         with torch.no_grad():
-            moved = self.constraint.pixels.difference(self.constraint.decode(self.z + s * w))
+            moved = self.constraint.pixels.difference(self.constraint.image(self.z + s * w))
             return (self.r - moved) / s.view(-1, *[1] * (moved.ndim - 1))
 
     def adjoint(self, u: Tensor) -> Tensor:

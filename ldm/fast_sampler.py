@@ -147,7 +147,8 @@ def step_with_J(D, constraint, x_t, x0, now: Level, to: Level, noise, s: Setting
 def correction_with_J(D, constraint, x_t, x0, now: Level, s: Settings) -> Tensor:
     """d by (*) for V = gamma J, preconditioned by V = v I, v = sigma_t^2 / (sigma_t^2 + alpha_t^2): the variance of x_0 given x_t
     where each of its values is normal by itself, of variance 1. The pushes carry PUSH^2 times the variance of y's noise."""
-    gamma, v = now.sigma**2 / max(now.alpha, 1e-3), now.sigma**2 / (now.sigma**2 + now.alpha**2)
+    gamma = now.sigma**2 / max(now.alpha, 1e-3)  # a flow starts at alpha = 0
+    v = now.sigma**2 / (now.sigma**2 + now.alpha**2)
     V = lambda w: gamma * jvp(D, x_t, now.t, w, x0, s.h, s.mode)  # noqa: E731
     return correction(constraint, x0, V, s.vectors, s.sigma_y, about=v / PUSH**2)
 
@@ -178,8 +179,8 @@ def step_with_encoder(constraint, x_t, x0, now: Level, to: Level, noise, s: Sett
     its LAST corrections of x0.
     """
     eps, std = (x_t - now.alpha * x0) / now.sigma, now.sigma / max(now.alpha, 1e-3)
-    x = constraint.decode(x0)
-    x0 = constraint.encode(x + correction(constraint.pixels, x, lambda v: std**2 * v, INNER, s.sigma_y))
+    x = constraint.image(x0)
+    x0 = constraint.encoded(x + correction(constraint.pixels, x, lambda v: std**2 * v, INNER, s.sigma_y), x0)
     if to.sigma == 0:
         for _ in range(LAST if s.sigma_y == 0 else 0):
             x0 = x0 + correction(constraint, x0, lambda v: v, 1)

@@ -253,3 +253,24 @@ def test_the_decoded_measurement_s_derivative_is_linear_with_its_adjoint():
     assert torch.allclose((exact * u).sum((1, 2, 3)), (w * derivative.adjoint(u)).sum((1, 2, 3)))
     e, residual = constraint(x0)
     assert torch.allclose(e, derivative.adjoint(r)) and torch.allclose(residual, r.square().mean((1, 2, 3)).sqrt())
+
+
+def test_large_latents_are_decoded_and_encoded_one_by_one():
+    """From 4,096 values on nothing takes the whole batch: 64 x 64 latents of Stable Diffusion."""
+    sizes = []
+
+    def decode(z):
+        sizes.append(len(z))
+        return z.tanh()
+
+    def encode(x):
+        sizes.append(len(x))
+        return x.clamp(-0.9, 0.9).atanh()
+
+    A, x0 = downsample((64, 64), 4), torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    constraint = DecodedConstraint(decode, A, A(torch.zeros(3, 1, 64, 64)), encode=encode)
+    B, _ = constraint.linearised(x0)
+    B.adjoint(B(x0))
+    assert torch.equal(constraint.residual(x0), constraint.pixels.residual(x0.tanh()))
+    assert torch.equal(constraint.encoded(constraint.image(x0), x0), encode(x0.tanh()))
+    assert set(sizes[:-1]) == {1} and sizes[-1] == 3
